@@ -1,0 +1,11 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake of the user's: a flag, a path, a row, a file or a model.
+
+    The message is one sentence that names the thing, where it is, and what would be right. The scripts print
+    it without a traceback and exit with status 2 (`rlhf.flags.launch`).
+    """
