@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def _group_actions(parser: argparse.ArgumentParser, flags_class: type) -> None:
     """Re-sort the parser's actions into one titled group for each class that declares fields."""
     owner = {}
     for cls in reversed(flags_class.__mro__):
-        for name in cls.__dict__.get("__annotations__", {}):
+        for name in inspect.get_annotations(cls):
             owner.setdefault(name, cls)
     moved = []
     for group in list(parser._action_groups):
@@ -136,7 +137,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return ", ".join([name, *[o for o in action.option_strings if _is_alias(o, name)]])
 
     def _expand_help(self, action: argparse.Action) -> str:
-        text = " ".join((action.help or "").split())
+        text = " ".join((action.help or "").replace("(default: %(default)s)", "").split())
         if action.choices:
             text += f" One of {', '.join(str(choice) for choice in action.choices)}."
         if action.dest != "help" and action.default not in (None, argparse.SUPPRESS, dataclasses.MISSING):
@@ -145,7 +146,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _is_alias(option: str, name: str) -> bool:
-    return option.startswith("--") and "-" not in option[2:] and option != name
+    """Whether `option` is a second name of the flag `name`, and neither a dashed spelling nor its --no form."""
+    return option.startswith("--") and "-" not in option[2:] and option not in (name, f"--no{name[2:]}")
 
 
 @dataclass(kw_only=True)
