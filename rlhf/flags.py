@@ -265,7 +265,7 @@ class DeviceFlags:
     strategy: Literal["auto", "ddp"] = "auto"
     """How devices share the work; auto is ddp on several devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """32-true, or bf16-mixed (bf16 products over float32 weights); auto is bf16-mixed where the hardware is fast at it."""
+    """32-true, or bf16-mixed (bf16 products over float32 weights); auto: the latter where the hardware is fast at it."""
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,313 @@
+"""Policies and scorers from a hub id, a local folder, or an earlier stage's experiment folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.data.text import load_tokenizer, pad_token_id
+from rlhf.errors import UserError
+from rlhf.flags import ModelFlags
+from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
+from rlhf.models.policy import Policy, Scorer
+from rlhf.models.probe import tree_attention_fault
+
+REWARD_MEAN, REWARD_SCALE = "reward_mean", "reward_scale"
+"""Keys of a reward model's config.json: reward = (score - reward_mean) / reward_scale."""
+
+
+def resolve(source: str | None, flag: str) -> str:
+    """The model folder behind `source`, an experiment folder, or `source` itself for a hub id or model folder.
+
+    An experiment gives its `final/`, or while it has none its last checkpoint.
+
+    Raises:
+        UserError: no source, or a path that holds no model.
+    """
+    if not source:
+        raise UserError(f"no model is given; set --{flag} to a hub id, a model folder or an experiment folder")
+    path = Path(source)
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise UserError(f"--{flag}={source}: there is no such folder; give a model, an experiment or a hub id")
+        return source
+    for folder in (path, path / "final", path / "checkpoints" / "last" / "model", path / "model"):
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            return str(folder)
+    raise UserError(
+        f"--{flag}={source} holds no model (no config.json, no final/, no checkpoint); give a folder that does"
+    )
+
+
+def adapter_base(folder: str) -> str | None:
+    """The base model that an adapter folder names; None for a folder or hub id of a whole model."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def tokenizer_of(source: str, flags: ModelFlags) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; its pad token is one that is neither EOS nor BOS, if the vocabulary has one."""
+    base = adapter_base(source)
+    has_own = base is None or (Path(source) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(source if has_own else base, trust_remote_code=flags.trust_remote_code)
+    pad = pad_token_id(tokenizer)
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer
+
+
+def load_policy(source: str, flags: ModelFlags, *, trainable: bool = True) -> Policy:
+    """A causal language model in float32, made trainable as `flags.finetune_mode` says.
+
+    Args:
+        source: what `resolve` returned.
+        trainable: False loads it frozen, in evaluation mode (a reference, a model to evaluate or to talk to).
+
+    A folder that holds an adapter is continued as that adapter under `--finetune_mode=lora`, with a second,
+    frozen copy named "reference"; otherwise it is merged into its base.
+
+    Raises:
+        UserError: the model cannot be loaded, or is not a causal language model.
+    """
+    base = adapter_base(source)
+    model: PreTrainedModel | PeftModel = _load(AutoModelForCausalLM, base or source, flags)
+    adapter = KEEP
+    if trainable and flags.finetune_mode == "lora":
+        model = _with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
+        if base:
+            model.load_adapter(source, "reference", is_trainable=False)
+            model.set_adapter("default")
+        adapter = "default"
+    elif base:
+        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    return Policy(_prepare(model, flags, trainable), uses_trees=_probe(model, source), adapter=adapter)
+
+
+def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_head: bool = False) -> Scorer:
+    """A model with a scalar head: `AutoModelForSequenceClassification` with one label.
+
+    Args:
+        source: what `resolve` returned.
+        trainable: False loads it frozen, in evaluation mode (the reward model of PPO).
+        new_head: start with fresh head weights N(0, 1 / (hidden + 1)) (a reward model to be trained from a
+            language model); otherwise the folder must hold the head's weights.
+
+    Raises:
+        UserError: the model cannot be loaded; it has no trained head and `new_head` is False.
+    """
+    base = adapter_base(source)
+    is_scorer_adapter = base is not None and _adapter_has_head(source)
+    fresh = new_head or is_scorer_adapter
+    model = _load(AutoModelForSequenceClassification, base or source, flags, num_labels=1, needs_head=not fresh)
+    if base and not is_scorer_adapter and not new_head:
+        raise UserError(f"{source} is an adapter of a language model, not of a reward model: it has no trained head")
+    if fresh:
+        head = model.score
+        nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+    adapter = KEEP
+    if trainable and flags.finetune_mode == "lora":
+        model = _with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
+        adapter = "default"
+    elif base:
+        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    uses_trees = _probe(model, source)
+    _prepare(model, flags, trainable)
+    return Scorer(model, unwrapped(model).score, uses_trees=uses_trees, adapter=adapter)
+
+
+def reward_moments(scorer: Scorer) -> tuple[float, float]:
+    """(mean, scale) that normalise the scores of a reward model; (0, 1) before they are measured."""
+    config = unwrapped(scorer.model).config
+    return float(getattr(config, REWARD_MEAN, 0.0)), float(getattr(config, REWARD_SCALE, 1.0))
+
+
+def set_reward_moments(scorer: Scorer, mean: float, scale: float) -> None:
+    """Keep the normalisation with the model: it is saved in its config.json."""
+    config = unwrapped(scorer.model).config
+    setattr(config, REWARD_MEAN, float(mean))
+    setattr(config, REWARD_SCALE, float(scale))
+
+
+def save_model(role: Policy | Scorer, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a Hugging Face folder that loads without this project (with peft, for an adapter)."""
+    model = role.model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+        if isinstance(role, Scorer):
+            unwrapped(model).config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def set_dropout_off(model: nn.Module) -> None:
+    """Set every dropout probability to 0, modules and plain numbers alike, without touching the configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None, needs_head: bool = True):
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=flags.trust_remote_code)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(_why(source, error)) from None
+    if config.is_encoder_decoder:
+        raise UserError(f"{source} is an encoder-decoder ({config.model_type}); give a causal language model")
+    _check_architecture(source, config, kind)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    try:
+        model, info = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=flags.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(_why(source, error)) from None
+    missing = [name for name in info["missing_keys"] if needs_head or not name.startswith("score")]
+    if missing:
+        if any(name.startswith("score") for name in missing):
+            raise UserError(
+                f"{source} has no trained reward head ({missing[0]} is missing); give a folder written by rlhf_rm.py"
+            )
+        raise UserError(f"{source} lacks the weights of {missing[0]}; the folder is incomplete: copy it again")
+    model.config.use_cache = False
+    return model
+
+
+def _check_architecture(source: str, config: PretrainedConfig, kind) -> None:
+    architectures = " ".join(config.architectures or [])
+    if kind is AutoModelForCausalLM and "SequenceClassification" in architectures:
+        raise UserError(f"{source} is a reward model ({architectures}), not a language model; give a policy's folder")
+    if type(config) not in kind._model_mapping:
+        what = "causal language model" if kind is AutoModelForCausalLM else "sequence classifier"
+        raise UserError(f"{source}: transformers has no {what} for model type {config.model_type!r}; give another")
+
+
+def _why(source: str, error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        return f"{source} needs code of its own to load; read that code, then set --trust_remote_code=True"
+    if os.path.isdir(source):
+        return f"the model folder {source} cannot be read ({first}); write or copy it again"
+    return f"the model {source!r} is neither a local folder nor reachable on the hub ({first}); give a folder"
+
+
+def _adapter_has_head(source: str) -> bool:
+    settings = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
+    return settings.get("task_type") == "SEQ_CLS"
+
+
+def _with_lora(model, continued: str | None, flags: ModelFlags, task: TaskType) -> PeftModel:
+    """New adapters, or those of the folder `continued`, trainable, named "default"."""
+    if continued is not None:
+        settings = LoraConfig.from_pretrained(continued)
+        asked = {"r": flags.lora_rank, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
+        for name, value in asked.items():
+            if value is not None and value != getattr(settings, name):
+                raise UserError(
+                    f"--lora_{'rank' if name == 'r' else name[5:]}={value} differs from {getattr(settings, name)} of the "
+                    f"adapter {continued} that this run continues; leave the flag out"
+                )
+        if settings.task_type == task.value:
+            return PeftModel.from_pretrained(model, continued, is_trainable=True)
+        settings.task_type = task
+        settings.modules_to_save = ["score"] if task is TaskType.SEQ_CLS else None
+        peft_model = get_peft_model(model, settings)
+        _copy_adapter(continued, peft_model)
+        return peft_model
+    rank = flags.lora_rank or 8
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if flags.lora_alpha is None else flags.lora_alpha,
+        lora_dropout=flags.lora_dropout or 0.0,
+        target_modules=flags.lora_targets or "all-linear",
+        task_type=task,
+        modules_to_save=["score"] if task is TaskType.SEQ_CLS else None,
+    )
+    if settings.target_modules == "all-linear":
+        settings.target_modules = _linear_layers(model)
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"--lora_targets={flags.lora_targets}: {str(error).splitlines()[0]}") from None
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the trunk's linear layers (also GPT-2's transposed ones), without any head."""
+    from transformers.pytorch_utils import Conv1D
+
+    return sorted({n.split(".")[-1] for n, m in trunk_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))})
+
+
+def _copy_adapter(folder: str, model: PeftModel) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    weights = {k: v for k, v in load_peft_weights(folder, device="cpu").items() if "lora_" in k}
+    result = set_peft_model_state_dict(model, weights)
+    if not weights or result.unexpected_keys:
+        raise UserError(f"no adapter weights of {folder} fit this model; give the adapter of the same base model")
+
+
+def _prepare(model: PreTrainedModel | PeftModel, flags: ModelFlags, trainable: bool):
+    if not trainable:
+        model.requires_grad_(False)
+        return model.eval()
+    if flags.disable_dropout:
+        set_dropout_off(model)
+    if flags.finetune_mode == "last_layer":
+        _thaw_last_layer(model)
+    if flags.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model.train()
+
+
+def _thaw_last_layer(model: PreTrainedModel) -> None:
+    """Train the last block, what follows it in the trunk (the final norm), and the head unless it is tied."""
+    model.requires_grad_(False)
+    trunk = trunk_of(model)
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [m for m in trunk.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not stacks:
+        raise UserError(f"{type(model).__name__} has no list of {depth} blocks; use --finetune_mode all or lora")
+    stacks[0][-1].requires_grad_(True)
+    after = False
+    for child in trunk.children():
+        if after and not isinstance(child, nn.Embedding):
+            child.requires_grad_(True)
+        after = after or child is stacks[0]
+    for name in ("final_layer_norm", "norm", "ln_f"):
+        if hasattr(trunk, name) and isinstance(getattr(trunk, name), nn.Module):
+            getattr(trunk, name).requires_grad_(True)
+    head = getattr(model, "score", None) or model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        head.requires_grad_(True)
+
+
+def _probe(model: PreTrainedModel | PeftModel, source: str) -> bool:
+    fault = tree_attention_fault(model)
+    if fault is not None:
+        print(f"note: {source} runs on padded batches, prompts not shared: {fault}.", flush=True)
+    return fault is None

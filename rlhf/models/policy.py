@@ -1,0 +1,127 @@
+"""The two roles a language model plays here: a policy gives log-probabilities, a scorer gives scores or values."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.logps import chunked_logps
+from rlhf.models.forward import (
+    KEEP,
+    accepted,
+    packed_states,
+    padded_rows,
+    place_in_rows,
+    trunk_of,
+    unwrapped,
+    using_adapter,
+)
+from rlhf.trees.forest import Forest
+
+
+class Policy(nn.Module):
+    """A causal language model over forests.
+
+    Args:
+        model: the transformers model, or its peft wrapper.
+        uses_trees: tree attention (True) or ordinary padded rows (False); decided by the probe on loading.
+        adapter: the LoRA adapter that this role runs with; None for the base without adapters.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, uses_trees: bool, adapter: str | None = KEEP) -> None:
+        super().__init__()
+        self.model, self.uses_trees, self.adapter = model, uses_trees, adapter
+
+    def forward(
+        self, forest: Forest, *, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probability of every target of the forest, in packed order.
+
+        Args:
+            forest: T packed tokens with R targets.
+            temperature: logits are divided by it, as in sampling.
+            entropy: also return the entropy of each target's distribution, in nats.
+
+        Returns:
+            (R,) float32 token log-probabilities, and (R,) entropies or None.
+        """
+        targets = forest.input_ids[forest.target_index]
+        with using_adapter(self.model, self.adapter):
+            if self.uses_trees:
+                states, _ = packed_states(self.model, forest)
+                return head_logps(
+                    self.model, states[forest.target_predecessor], targets, temperature=temperature, entropy=entropy
+                )
+            hf = unwrapped(self.model)
+            logits = hf(**accepted(hf, padded_rows(forest)), use_cache=False).logits
+        row, column = place_in_rows(forest)
+        at = forest.target_predecessor
+        return logps_of_logits(logits[row[at], column[at]] / temperature, targets, entropy=entropy)
+
+
+def head_logps(
+    model: PreTrainedModel | PeftModel, states: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy=False
+) -> tuple[Tensor, Tensor | None]:
+    """`chunked_logps` with the model's own head, logit scale and cap.
+
+    A head that is not a plain linear layer (it carries a LoRA adapter) keeps its own forward and gives its full
+    logits.
+    """
+    hf = unwrapped(model)
+    head, softcap = hf.get_output_embeddings(), logit_softcap(hf.config)
+    scale = logit_scale(hf.config) / temperature
+    if type(head) is nn.Linear:
+        return chunked_logps(states, head.weight, head.bias, targets, scale=scale, softcap=softcap, entropy=entropy)
+    logits = head(states).float()
+    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+    return logps_of_logits(logits * scale, targets, entropy=entropy)
+
+
+def logps_of_logits(logits: Tensor, targets: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of `targets` (R,) under full `logits` (R, V), and on request the (R,) entropies."""
+    log_probabilities = logits.float().log_softmax(-1)
+    token_logps = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
+    return token_logps, -(log_probabilities.exp() * log_probabilities).sum(-1) if entropy else None
+
+
+def logit_scale(config) -> float:
+    """The factor that some architectures put on their logits (Cohere multiplies, Granite divides)."""
+    if getattr(config, "logit_scale", None) is not None:
+        return float(config.logit_scale)
+    return 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def logit_softcap(config) -> float | None:
+    """The bound that some architectures put on their logits (Gemma-2)."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+class Scorer(nn.Module):
+    """A language model with a scalar head over forests: a reward model, or the critic of PPO.
+
+    Args:
+        model: a sequence classifier with one label (or its peft wrapper), or any model whose trunk is shared.
+        head: the linear layer from hidden states to one number.
+        uses_trees, adapter: as for `Policy`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, head: nn.Module, *, uses_trees: bool, adapter: str | None = KEEP
+    ) -> None:
+        super().__init__()
+        self.model, self.head, self.uses_trees, self.adapter = model, head, uses_trees, adapter
+
+    def forward(self, forest: Forest, at: Tensor) -> Tensor:
+        """Scores at packed positions `at` (N,) of the forest: (N,) float32."""
+        with using_adapter(self.model, self.adapter):
+            if self.uses_trees:
+                states, _ = packed_states(self.model, forest)
+                states = states[at]
+            else:
+                trunk = trunk_of(self.model)
+                row, column = place_in_rows(forest)
+                states = trunk(**accepted(trunk, padded_rows(forest)), use_cache=False).last_hidden_state
+                states = states[row[at], column[at]]
+            return self.head(states).squeeze(-1).float()
