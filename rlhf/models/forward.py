@@ -50,9 +50,11 @@ def trunk_of(model: PreTrainedModel | PeftModel) -> nn.Module:
     return trunk if trunk is not None and trunk is not hf else hf.base_model
 
 
-def packed_states(model: PreTrainedModel | PeftModel, forest: Forest) -> tuple[Tensor, TreeAttention]:
+def packed_states(
+    model: PreTrainedModel | PeftModel, forest: Forest, *, plan: TreeAttention | None = None
+) -> tuple[Tensor, TreeAttention]:
     """(T, H) last hidden states of the packed tokens, each token computed once, and the plan that made them."""
-    plan = TreeAttention(forest)
+    plan = plan or TreeAttention(forest)
     with attending(plan):
         output = trunk_of(model)(
             input_ids=forest.input_ids[None], position_ids=forest.positions[None], use_cache=False, return_dict=True

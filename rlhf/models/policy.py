@@ -33,6 +33,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, *, uses_trees: bool, adapter: str | None = KEEP) -> None:
         super().__init__()
         self.model, self.uses_trees, self.adapter = model, uses_trees, adapter
+        self.train(model.training)
 
     def forward(
         self, forest: Forest, *, temperature: float = 1.0, entropy: bool = False
@@ -112,6 +113,7 @@ class Scorer(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.head, self.uses_trees, self.adapter = model, head, uses_trees, adapter
+        self.train(model.training)
 
     def forward(self, forest: Forest, at: Tensor) -> Tensor:
         """Scores at packed positions `at` (N,) of the forest: (N,) float32."""
