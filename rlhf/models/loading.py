@@ -26,6 +26,8 @@ from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
 
+Role = Policy | Scorer
+
 REWARD_MEAN, REWARD_SCALE = "reward_mean", "reward_scale"
 """Keys of a reward model's config.json: reward = (score - reward_mean) / reward_scale."""
 
@@ -227,9 +229,10 @@ def _with_lora(model, continued: str | None, flags: ModelFlags, task: TaskType) 
         asked = {"r": flags.lora_rank, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
         for name, value in asked.items():
             if value is not None and value != getattr(settings, name):
+                flag = "lora_rank" if name == "r" else name
                 raise UserError(
-                    f"--lora_{'rank' if name == 'r' else name[5:]}={value} differs from {getattr(settings, name)} of the "
-                    f"adapter {continued} that this run continues; leave the flag out"
+                    f"--{flag}={value} differs from {getattr(settings, name)} of the adapter {continued} that this "
+                    f"run continues; leave the flag out"
                 )
         if settings.task_type == task.value:
             return PeftModel.from_pretrained(model, continued, is_trainable=True)

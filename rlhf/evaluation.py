@@ -1,0 +1,57 @@
+"""What every script does at an evaluation: answer the data's example prompt with the model as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.experiment.run import Run
+from rlhf.models.forward import unwrapped
+from rlhf.models.policy import Policy
+from rlhf.rollouts import Sampling, generate
+
+
+def sampling_of(flags: Any, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, seed: int = 0) -> Sampling:
+    """The sampling that the generation flags ask for; it ends at the tokenizer's and the model's EOS tokens."""
+    return Sampling(
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        do_sample=flags.do_sample,
+        stop_ids=stop_ids(tokenizer, policy),
+        seed=seed,
+    )
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, policy: Policy) -> tuple[int, ...]:
+    """Token ids that end a response: the tokenizer's EOS and those of the model's generation settings."""
+    settings = getattr(unwrapped(policy.model), "generation_config", None)
+    listed = getattr(settings, "eos_token_id", None)
+    listed = [listed] if isinstance(listed, int) else list(listed or [])
+    return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
+
+
+def example_prompt(data_dir: str) -> Tensor | None:
+    """Token ids of the prompt that `prepare_data.py` put beside the data; None where there is none."""
+    path = Path(data_dir) / "example_prompt.pt"
+    return torch.load(path, weights_only=True)["input_ids"].reshape(-1) if path.is_file() else None
+
+
+def log_sample(run: Run, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Answer the example prompt, on the first device, into samples.jsonl and onto the terminal."""
+    prompt = example_prompt(run.flags.data_dir)
+    if run.rank != 0 or prompt is None:
+        return
+    policy = policy.module
+    with run.fabric.autocast():
+        samples = generate(
+            policy, [prompt.to(run.device)], sampling_of(run.flags, tokenizer, policy, seed=run.flags.seed)
+        )
+    response = tokenizer.decode(samples.response_ids[0], skip_special_tokens=True)
+    run.logs.write_samples(run.step_index, [{"prompt": tokenizer.decode(prompt), "response": response}])
+    run.say(f"  sample after step {run.step_index}: {' '.join(response.split())[:200]}")

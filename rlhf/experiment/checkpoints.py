@@ -1,0 +1,173 @@
+"""Checkpoints that appear whole or not at all, and exact resume from the last of them.
+
+checkpoints/step-00000100/   model/ (a Hugging Face folder), <other>.safetensors, <optimizer>.pt, state.json
+checkpoints/last             link to the newest
+checkpoints/best/            model/ and best.json: the weights of the best evaluation so far
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from rlhf.errors import UserError
+from rlhf.files import atomic_dir
+from rlhf.models.loading import Role, save_model
+
+FREE_TO_CHANGE = {
+    "accelerator",
+    "args_file",
+    "devices",
+    "eval_interval",
+    "eval_iters",
+    "experiment_dir",
+    "gradient_checkpointing",
+    "keep_checkpoints",
+    "log_interval",
+    "logger",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "num_nodes",
+    "num_workers",
+    "resume",
+    "rollout_mini_batch_size",
+    "save_interval",
+    "skip_nonfinite_steps",
+    "strategy",
+}
+"""Flags that a resumed run may change: none of them changes its weights but by rounding."""
+
+
+class Checkpoints:
+    """The `checkpoints` folder of one run."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(
+        self,
+        step: int,
+        flags: Any,
+        models: dict[str, Role],
+        optimizers: dict[str, Optimizer],
+        tokenizer: Any,
+        extra: dict[str, Any],
+    ) -> None:
+        """Write `step-<step>`; the model named "model" as a Hugging Face folder, others as their trained tensors."""
+        target = self.folder / f"step-{step:08d}"
+        with atomic_dir(target) as temporary:
+            for name, role in models.items():
+                if name == "model":
+                    save_model(role, tokenizer, temporary / "model")
+                else:
+                    save_file(_trained(role), temporary / f"{name}.safetensors")
+            for name, optimizer in optimizers.items():
+                torch.save(optimizer.state_dict(), temporary / f"{name}.pt")
+            state = {"step": step, "flags": dataclasses.asdict(flags), "extra": extra}
+            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        link = self.folder / f".last.{os.getpid()}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        os.replace(link, self.folder / "last")
+        for old in self.steps()[: -self.keep] if self.keep else []:
+            shutil.rmtree(old)
+
+    def save_best(self, step: int, role: Role, tokenizer: Any, metric: str, value: float, *, higher: bool) -> None:
+        """Replace `best` where `value` is better than what it holds."""
+        record = self.folder / "best" / "best.json"
+        if record.is_file():
+            best = json.loads(record.read_text(encoding="utf-8"))["value"]
+            if value <= best if higher else value >= best:
+                return
+        with atomic_dir(self.folder / "best") as temporary:
+            save_model(role, tokenizer, temporary / "model")
+            content = json.dumps({"step": step, "metric": metric, "value": value}, indent=2)
+            (temporary / "best.json").write_text(content + "\n", encoding="utf-8")
+
+    def steps(self) -> list[Path]:
+        """The folders `step-*`, oldest first."""
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def load_last(
+        self, flags: Any, models: dict[str, Role], optimizers: dict[str, Optimizer]
+    ) -> tuple[int, dict[str, Any]]:
+        """Load the newest whole checkpoint in place; broken ones are named and passed over.
+
+        Returns:
+            The number of steps it was saved after, and the extra state.
+        """
+        for folder in reversed(self.steps()):
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                optimizer_states = {
+                    name: torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu")
+                    for name in optimizers
+                }
+                weights = {name: _read(folder, name, role) for name, role in models.items()}
+            except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+                print(f"note: the checkpoint {folder} is broken ({type(error).__name__}: {error}); trying an older one")
+                continue
+            _check_flags(flags, state["flags"], folder)
+            for name, role in models.items():
+                _load(role, weights[name], f"{folder} ({name})")
+            for name, optimizer in optimizers.items():
+                optimizer.load_state_dict(optimizer_states[name])
+            return state["step"], state["extra"]
+        raise UserError(f"{self.folder} holds no whole checkpoint to resume from; start the run without --resume")
+
+
+def _trained(role: Role) -> dict[str, torch.Tensor]:
+    return {name: p.detach().contiguous() for name, p in role.named_parameters() if p.requires_grad}
+
+
+def _read(folder: Path, name: str, role: Role) -> dict[str, torch.Tensor]:
+    if name != "model":
+        return load_file(folder / f"{name}.safetensors")
+    if isinstance(role.model, PeftModel):
+        return load_peft_weights(str(folder / "model"), device="cpu")
+    index = folder / "model" / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    return {key: value for file in files for key, value in load_file(folder / "model" / file).items()}
+
+
+def _load(role: Role, weights: dict[str, torch.Tensor], where: str) -> None:
+    trained = {name for name, p in role.named_parameters() if p.requires_grad}
+    if any(name in trained for name in weights):
+        _copy(dict(role.named_parameters()), weights, trained, where)
+    elif isinstance(role.model, PeftModel):
+        result = set_peft_model_state_dict(role.model, weights, adapter_name="default")
+        if not weights or result.unexpected_keys:
+            raise UserError(f"the checkpoint {where} is of another adapter than this run's; resume with its own flags")
+    else:
+        names = {name for name, p in role.model.named_parameters() if p.requires_grad}
+        _copy(dict(role.model.named_parameters()), weights, names, where)
+
+
+def _copy(parameters: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], needed: set[str], where: str) -> None:
+    missing = sorted(needed - set(weights))
+    if missing:
+        raise UserError(f"the checkpoint {where} lacks {missing[0]}; it is of another model: resume with its own flags")
+    with torch.no_grad():
+        for name in needed:
+            parameters[name].copy_(weights[name])
+
+
+def _check_flags(flags: Any, saved: dict[str, Any], folder: Path) -> None:
+    for name, value in dataclasses.asdict(flags).items():
+        if name not in FREE_TO_CHANGE and name in saved and saved[name] != json.loads(json.dumps(value)):
+            raise UserError(
+                f"--{name}={value} differs from {saved[name]!r} of the run in {folder}; resume with the same value, or "
+                f"start another run"
+            )

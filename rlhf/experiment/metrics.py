@@ -1,0 +1,45 @@
+"""Means over all rows of a step, whatever the micro-batches and devices that they were cut over."""
+
+from __future__ import annotations
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+
+class Metrics:
+    """Sums and counts, reduced once: `reduce()` gives sum / count over every device and micro-batch."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, Tensor | float] = {}
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Add a sum over `count` rows or tokens; tensors stay where they are until `reduce`."""
+        total = total.detach().double() if isinstance(total, Tensor) else total
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def mean(self, name: str, values: Tensor, weight: float = 1.0) -> None:
+        """Add every element of `values`; `weight` 0 adds nothing but keeps the name on every device."""
+        self.add(name, values.sum() * weight, values.numel() * weight)
+
+    def put(self, name: str, value: float) -> None:
+        """Set a value that is the same on every device (a rate, a norm)."""
+        self._values[name] = value
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all devices, in the order in which the names came; names must agree between devices."""
+        names = list(self._sums)
+        pairs = torch.tensor(
+            [[float(self._sums[n]) for n in names], [float(self._counts[n]) for n in names]],
+            dtype=torch.float64,
+            device="cpu" if self._fabric.device.type == "mps" else self._fabric.device,
+        )
+        if self._fabric.world_size > 1:
+            torch.distributed.all_reduce(pairs)
+        sums, counts = pairs.tolist()
+        means = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
+        return {**means, **self._values}

@@ -1,0 +1,392 @@
+"""A run: its devices, its folder, its steps. What every training script does around its algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
+from rlhf.errors import UserError
+from rlhf.experiment.checkpoints import Checkpoints
+from rlhf.experiment.logs import Logs, environment
+from rlhf.experiment.metrics import Metrics
+from rlhf.files import atomic_dir, write_json
+from rlhf.flags import check_positive
+from rlhf.models.loading import Role, save_model
+from rlhf.schedules import lr_multiplier
+from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
+
+
+def start_experiment(flags: Any, script: str) -> Run:
+    """Set up devices and seeds for `script`; nothing is written before `Run.steps` begins.
+
+    Raises:
+        UserError: flags that contradict each other, or an experiment folder that is taken.
+    """
+    check_positive(flags, "mini_batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs")
+    check_positive(flags, "log_interval", "max_new_tokens", "lora_rank")
+    folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if flags.resume and not flags.experiment_dir:
+        raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
+    if not flags.resume and (folder / "args.json").exists():
+        raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
+    fabric = _fabric(flags)
+    fabric.launch()
+    folder = Path(fabric.broadcast(str(folder)))
+    fabric.seed_everything(flags.seed, verbose=False)
+    return Run(fabric, flags, script, folder)
+
+
+def fast_bf16(accelerator: str) -> bool:
+    """Whether the hardware multiplies bf16 faster than float32: CUDA 8.0 and later, CPUs with AVX512-BF16 or AMX."""
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _fabric(flags: Any) -> Fabric:
+    accelerator = os.environ.get("LT_ACCELERATOR", flags.accelerator)
+    precision = os.environ.get("LT_PRECISION", flags.precision)
+    if precision == "auto":
+        precision = "bf16-mixed" if fast_bf16(accelerator) else "32-true"
+    if precision not in ("32-true", "bf16-mixed"):
+        raise UserError(f"--precision={precision} is not supported; use 32-true or bf16-mixed")
+    devices = os.environ.get("LT_DEVICES", flags.devices)
+    if devices == "auto" and accelerator in ("cpu", "auto") and not torch.cuda.is_available():
+        devices = "1"
+    num_nodes = int(os.environ.get("LT_NUM_NODES", flags.num_nodes))
+    strategy = os.environ.pop("LT_STRATEGY", flags.strategy)
+    if strategy not in ("auto", "ddp"):
+        raise UserError(f"--strategy={strategy} is not supported; use auto or ddp")
+    several = devices not in ("1", "auto") or num_nodes > 1 or (devices == "auto" and torch.cuda.device_count() > 1)
+    if several or strategy == "ddp":
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    for name in ("LT_ACCELERATOR", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
+        os.environ.pop(name, None)
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            devices=int(devices) if str(devices).isdigit() else devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"--accelerator={accelerator} --devices={devices}: {str(error).splitlines()[0]}") from None
+
+
+class Run:
+    """One experiment, on every device at once.
+
+    Attributes:
+        fabric, rank, world_size, device: of Lightning Fabric.
+        folder: the experiment folder.
+        step_index: optimiser steps finished.
+    """
+
+    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path) -> None:
+        self.fabric, self.flags, self.script, self.folder = fabric, flags, script, folder
+        self.rank, self.world_size, self.device = fabric.global_rank, fabric.world_size, fabric.device
+        self.precision = str(fabric.strategy.precision.precision)
+        self.step_index = 0
+        self.total_steps = 0
+        self.skipped_steps = 0
+        self.modules: list[nn.Module] = []
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=flags.keep_checkpoints)
+        self.logs: Logs | None = None
+        self._stop_requested = False
+        self._data_info: dict | None = None
+
+    def say(self, text: str) -> None:
+        """Print once, not once a device."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def load_splits(self, stage: str, tokenizer) -> tuple[Split, Split | None]:
+        """The train and validation splits of a stage (None where there is no validation file).
+
+        Raises:
+            UserError: no training split, or one tokenised by another tokenizer than the model's.
+        """
+        with self.fabric.rank_zero_first(local=True):
+            train = load_split(self.flags.data_dir, stage, "train")
+            has_validation = has_split(self.flags.data_dir, stage, "validation")
+            validation = load_split(self.flags.data_dir, stage, "validation") if has_validation else None
+        for split in (train, validation):
+            if split is not None:
+                check_tokenizer(split, tokenizer)
+        self._data_info = data_info(self.flags.data_dir)
+        return train, validation
+
+    def setup(self, module: nn.Module) -> nn.Module:
+        """Move a model to this run's device and under its strategy."""
+        module = self.fabric.setup_module(module)
+        self.modules.append(module)
+        return module
+
+    @property
+    def global_batch(self) -> int:
+        return self.flags.mini_batch_size * self.world_size
+
+    def plan(self, num_rows: int, *, what: str = "rows") -> int:
+        """Compute the length of the run and print every derived size once; returns the optimiser steps."""
+        flags = self.flags
+        self.total_steps = num_steps(num_rows, self.global_batch, flags.epochs, flags.max_steps)
+        micro = f"{flags.micro_batch_tokens} tokens" if flags.micro_batch_tokens else f"{flags.micro_batch_size}"
+        self.say(
+            f"{self.script}: {num_rows:,} {what}; {self.global_batch} {what} a step ({flags.mini_batch_size} on each "
+            f"of {self.world_size} devices, {micro} at once); {math.ceil(num_rows / self.global_batch):,} steps an "
+            f"epoch, {self.total_steps:,} steps in all; {self.precision} on {self.device}"
+        )
+        return self.total_steps
+
+    def open(self) -> None:
+        """Create the experiment folder, or take up the one that is resumed."""
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "args.json", dataclasses.asdict(self.flags))
+            write_json(self.folder / "environment.json", environment(self.fabric))
+            if self._data_info is not None:
+                write_json(self.folder / "data.json", self._data_info)
+            self.logs = Logs(self.folder, self.flags.logger, self.script, resume_at=self.step_index)
+        self.fabric.barrier()
+        self.say(f"{self.script}: writing to {self.folder}")
+
+    def restore(self, models: dict[str, Role], optimizers: dict[str, Optimizer]) -> dict[str, Any]:
+        """With `--resume`, load the last whole checkpoint into models and optimisers; returns its extra state.
+
+        Without, an empty dict. Call it before `open`.
+
+        Raises:
+            UserError: there is no whole checkpoint, a part of it is missing, or a flag would make it another run.
+        """
+        if not self.flags.resume:
+            return {}
+        self.step_index, extra = self.checkpoints.load_last(self.flags, models, optimizers)
+        self.skipped_steps = extra.pop("skipped_steps")
+        self.say(f"{self.script}: resumed {self.folder} after step {self.step_index}")
+        return extra
+
+    def save(
+        self, models: dict[str, Role], optimizers: dict[str, Optimizer], tokenizer, extra: dict | None = None
+    ) -> None:
+        """Write a checkpoint of the steps finished so far, on the first device; the others wait."""
+        if self.rank == 0:
+            extra = {**(extra or {}), "skipped_steps": self.skipped_steps}
+            self.checkpoints.save(self.step_index, self.flags, models, optimizers, tokenizer, extra)
+        self.fabric.barrier()
+
+    def save_best(self, role: Role, tokenizer, metric: str, value: float, *, higher: bool) -> None:
+        """Keep these weights as `checkpoints/best` if `value` beats the best so far."""
+        if self.rank == 0 and self.flags.save_interval > 0:
+            self.checkpoints.save_best(self.step_index, role, tokenizer, metric, value, higher=higher)
+        self.fabric.barrier()
+
+    def save_final(self, role: Role, tokenizer) -> None:
+        """Write `final/`, unless the run was asked to stop before its end."""
+        if self.rank == 0 and self.step_index >= self.total_steps:
+            with atomic_dir(self.folder / "final") as temporary:
+                save_model(role, tokenizer, temporary)
+        self.fabric.barrier()
+
+    def steps(self, num_rows: int) -> Iterator[Step]:
+        """The optimiser steps that are still to do, each with this device's rows.
+
+        A step's rows, dropout and sampling depend on the seed and the step alone, so a resumed run goes on as
+        the unbroken one. SIGTERM and SIGINT end the loop after the step in hand (`stopping` is then True).
+        """
+        if self.total_steps == 0:
+            self.plan(num_rows)
+        previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for s in previous:
+            signal.signal(s, self._request_stop)
+        bar = tqdm(
+            total=self.total_steps, initial=self.step_index, desc=self.script, disable=self.rank != 0, mininterval=1.0
+        )
+        try:
+            while self.step_index < self.total_steps and not self.stopping:
+                rows = rows_of_step(
+                    self.step_index, num_rows, self.global_batch, seed=self.flags.seed, shuffle=self.flags.shuffle
+                )
+                self._seed_step()
+                step = Step(self, rows)
+                yield step
+                self.step_index += 1
+                bar.update(1)
+                step.finish(bar)
+        finally:
+            bar.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _request_stop(self, *_: Any) -> None:
+        self._stop_requested = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether any device was asked to stop."""
+        if self.world_size == 1:
+            return self._stop_requested
+        flag = torch.tensor(float(self._stop_requested), device=self.device)
+        return bool(self.fabric.all_reduce(flag, reduce_op="max") > 0)
+
+    def _seed_step(self) -> None:
+        """Dropout masks of this step: of the seed, the step and the device."""
+        seed = (self.flags.seed * 1_000_003 + self.step_index) * 1_009 + self.rank
+        torch.manual_seed(seed % 2**63)
+
+    def due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps is due before this step (never before step 0)."""
+        return interval > 0 and self.step_index > 0 and self.step_index % interval == 0
+
+    def batches(self, num_rows: int, limit: int) -> Iterator[list[int]]:
+        """This device's rows of the first `limit` validation mini-batches (0: all), in file order."""
+        size = self.global_batch
+        total = math.ceil(num_rows / size)
+        for i in range(min(total, limit) if limit else total):
+            window = range(i * size, min((i + 1) * size, num_rows))
+            rows = rows_of_rank(window, self.rank, self.world_size)
+            yield from cut(rows, micro_batch_size=self.flags.micro_batch_size)
+
+    def metrics(self) -> Metrics:
+        return Metrics(self.fabric)
+
+    def log(self, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the logger."""
+        if self.logs is not None:
+            self.logs.write(self.step_index, values)
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Close the logs, write `summary.json`, and exit 0 where the run was asked to stop."""
+        if self.rank == 0:
+            if not self._stop_requested:
+                write_json(self.folder / "summary.json", summary)
+            self.logs.close()
+        self.fabric.barrier()
+        return {**summary, "experiment_dir": str(self.folder)}
+
+
+class Step:
+    """One optimiser step over all devices."""
+
+    def __init__(self, run: Run, rows: Sequence[int]) -> None:
+        self.run, self.global_rows = run, list(rows)
+        self.rows = rows_of_rank(self.global_rows, run.rank, run.world_size)
+        self.metrics = run.metrics()
+        self.num_tokens = 0
+        self.began = time.perf_counter()
+
+    def micro_batches(self, pack, *modules: nn.Module, tokens: Tensor | None = None) -> Iterator[Any]:
+        """`pack(rows)` of each micro-batch; gradients are synchronised in the last one only.
+
+        A device without rows gets one micro-batch of the step's first row, whose loss the caller's weights make
+        0 (`Step.weight`), so that all devices take part in the reduction.
+        """
+        flags = self.run.flags
+        cuts = cut(
+            self.rows,
+            micro_batch_size=flags.micro_batch_size,
+            micro_batch_tokens=flags.micro_batch_tokens,
+            tokens=tokens,
+        ) or [self.global_rows[:1]]
+        for last, batch in _ahead(pack, cuts, flags.num_workers):
+            yield from self._synchronised(batch, modules, last)
+
+    def _synchronised(self, batch: Any, modules: Sequence[nn.Module], last: bool) -> Iterator[Any]:
+        if not modules:
+            yield batch
+            return
+        with self.run.fabric.no_backward_sync(modules[0], enabled=not last and self.run.world_size > 1):
+            yield from self._synchronised(batch, modules[1:], last)
+
+    @property
+    def weight(self) -> float:
+        """0 for the stand-in micro-batch of a device without rows, else 1."""
+        return 1.0 if self.rows else 0.0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this device's part of the step's loss (already over the step's denominator).
+
+        The strategy averages gradients over devices; the whole step's loss is their sum, hence the factor.
+        """
+        self.run.fabric.backward(loss * (self.run.world_size * self.weight))
+
+    def update(self, optimizer: Optimizer, *, clip: float, name: str = "") -> bool:
+        """Set the rate, clip, step and clear; returns False where a non-finite gradient skipped the update.
+
+        Raises:
+            UserError: a non-finite loss or gradient norm, once `--skip_nonfinite_steps` are used up.
+        """
+        run, flags = self.run, self.run.flags
+        rate = lr_multiplier(
+            run.step_index,
+            total_steps=run.total_steps,
+            warmup_steps=flags.lr_warmup_steps,
+            schedule=flags.lr_schedule,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            optimizer.step()
+        else:
+            self._nonfinite(f"the gradient norm{f' of the {name}' if name else ''} is {norm.item()}")
+        optimizer.zero_grad(set_to_none=True)
+        prefix = f"train/{name}_" if name else "train/"
+        self.metrics.put(f"{prefix}grad_norm", norm.item())
+        self.metrics.put(f"{prefix}learning_rate", optimizer.param_groups[0]["lr"])
+        return finite
+
+    def _nonfinite(self, what: str) -> None:
+        run = self.run
+        run.skipped_steps += 1
+        if run.skipped_steps > run.flags.skip_nonfinite_steps:
+            raise UserError(
+                f"step {run.step_index}: {what} (training rows {sorted(self.global_rows)}); lower the learning rate, "
+                f"look at these rows, or allow such steps with --skip_nonfinite_steps"
+            )
+        run.say(f"step {run.step_index}: {what}; update skipped ({run.skipped_steps} so far)")
+
+    def finish(self, bar: tqdm) -> None:
+        """Reduce and log what the step measured."""
+        if self.run.step_index % self.run.flags.log_interval and self.run.step_index != self.run.total_steps:
+            return
+        self.metrics.add("perf/tokens", self.num_tokens, 1)
+        values = self.metrics.reduce()
+        seconds = time.perf_counter() - self.began
+        values["perf/tokens_per_second"] = values.pop("perf/tokens") * self.run.world_size / seconds
+        values["perf/step_seconds"] = seconds
+        if self.run.skipped_steps:
+            values["train/skipped_steps"] = float(self.run.skipped_steps)
+        self.run.log(values)
+        if "train/loss" in values:
+            bar.set_postfix(loss=f"{values['train/loss']:.4f}", refresh=False)
+
+
+def _ahead(pack, cuts: list[list[int]], num_workers: int) -> Iterator[tuple[bool, Any]]:
+    """(is last, packed micro-batch) of each cut, packed by `num_workers` threads ahead of their use."""
+    if num_workers == 0:
+        for i, rows in enumerate(cuts):
+            yield i == len(cuts) - 1, pack(rows)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        for i, batch in enumerate(pool.map(pack, cuts)):
+            yield i == len(cuts) - 1, batch

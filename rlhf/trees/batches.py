@@ -1,0 +1,71 @@
+"""Which rows make which step: pure functions of (seed, step), so that a step never depends on what ran before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+    """(num_rows,) the order in which an epoch visits the rows: seeded and new in each epoch, or the file's."""
+    if not shuffle:
+        return torch.arange(num_rows)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(num_rows, generator=generator)
+
+
+def num_steps(num_rows: int, global_batch: int, epochs: float, max_steps: int | None = None) -> int:
+    """Optimiser steps of a run: the last, short window of an epoch counts as a step.
+
+    >>> num_steps(10, 4, 2), num_steps(10, 4, 0.5), num_steps(10, 4, 2, max_steps=5)
+    (6, 2, 5)
+    """
+    steps = max(1, math.ceil(epochs * math.ceil(num_rows / global_batch) - 1e-9))
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def rows_of_step(step: int, num_rows: int, global_batch: int, *, seed: int, shuffle: bool) -> list[int]:
+    """The rows, over all devices, of step `step` (from 0): the next window of its epoch's order."""
+    epoch, window = divmod(step, math.ceil(num_rows / global_batch))
+    order = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
+    return order[window * global_batch : (window + 1) * global_batch].tolist()
+
+
+def rows_of_rank(rows: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """This device's share of a step's rows."""
+    return list(rows[rank::world_size])
+
+
+def cut(
+    rows: Sequence[int], *, micro_batch_size: int, micro_batch_tokens: int | None = None, tokens: Tensor | None = None
+) -> list[list[int]]:
+    """Cut a device's rows into micro-batches, by number or by a budget of distinct tokens.
+
+    Args:
+        tokens: (num_rows,) distinct tokens of each row of the split; needed with `micro_batch_tokens`.
+
+    By tokens, rows go longest first into the first micro-batch with room (first-fit decreasing), so micro-batches
+    are full; a row over the budget goes alone.
+
+    >>> cut([0, 1, 2], micro_batch_size=2)
+    [[0, 1], [2]]
+    >>> cut([0, 1, 2], micro_batch_size=1, micro_batch_tokens=10, tokens=torch.tensor([3, 8, 7]))
+    [[1], [2, 0]]
+    """
+    if micro_batch_tokens is None:
+        return [list(rows[i : i + micro_batch_size]) for i in range(0, len(rows), micro_batch_size)]
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda r: -int(tokens[r])):
+        need = int(tokens[row])
+        fit = next((b for b, free in enumerate(room) if free >= need), None)
+        if fit is None:
+            bins.append([row])
+            room.append(micro_batch_tokens - need)
+        else:
+            bins[fit].append(row)
+            room[fit] -= need
+    return bins
