@@ -89,9 +89,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     """The ids of each text alone, nothing added; special tokens that the text spells out are recognised."""
     if not texts:
         return []
-    return tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, padding=False, truncation=False, verbose=False
-    )["input_ids"]  # fmt: skip
+    alone = {"add_special_tokens": False, "padding": False, "truncation": False}
+    return tokenizer(list(texts), return_attention_mask=False, verbose=False, **alone)["input_ids"]
 
 
 def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rule: TextRule) -> list[list[int]]:
