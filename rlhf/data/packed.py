@@ -89,7 +89,7 @@ class PackedRows:
         columns = SCHEMAS[self.stage].sequences
         parts = [self.sequence(column, i).tobytes() for column in columns]
         lengths = [self.offsets[column][i + 1] - self.offsets[column][i] for column in columns]
-        label = "label" in self.scalars and self.scalars["label"][i]
+        label = int("label" in self.scalars and self.scalars["label"][i])
         head = struct.pack(f"<{2 + len(lengths)}q", self.scalars["prompt_len"][i], label, *lengths)
         return xxhash.xxh3_128_digest(b"".join((head, *parts)))
 
