@@ -252,6 +252,18 @@ def test_k5_scaling_keeps_the_mean_and_normalising_removes_it():
     assert running.normalize(x).tolist() == [0.0, 2.0]
 
 
+def test_k5_two_scores_are_enough_and_small_ones_count():
+    """K5: 0.0001 and 0.0003, one at a time: deviation 0.0001 * sqrt 2."""
+    for update in ("update", "update_from"):
+        running = RunningMoments()
+        for score in (1e-4, 3e-4):
+            x = torch.tensor([score])
+            batch = x if update == "update" else moments(x, torch.tensor([True]))
+            getattr(running, update)(batch)
+        assert running.mean == pytest.approx(2e-4)
+        assert running.std == pytest.approx(1e-4 * 2**0.5, rel=1e-5)
+
+
 @pytest.mark.parametrize("scores", [[], [4.0], [0.1] * 7, [1e6] * 5])
 def test_k5_without_spread_nothing_is_scaled(scores):
     """No score, one score, or equal ones (up to rounding): the deviation counts as 1."""

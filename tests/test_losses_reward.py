@@ -111,6 +111,16 @@ def test_per_sample_of_responses_that_never_part_is_zero_with_a_finite_gradient(
     assert (scores.grad == 0).all()
 
 
+def test_an_empty_response_scores_zero():
+    """Chosen 2 against nothing: a difference of 2, in both reductions."""
+    chosen, empty = torch.tensor([[2.0]]), torch.tensor([[NAN]])
+    real, nothing = torch.tensor([[True]]), torch.tensor([[False]])
+    average = average_reward_loss(chosen, real, empty, nothing)
+    per_sample = per_sample_reward_loss(chosen, real, empty, nothing, torch.tensor([0]))
+    assert average.item() == pytest.approx(nll_of(2))
+    assert per_sample.item() == pytest.approx(nll_of(2))
+
+
 def test_one_token_each_makes_the_three_losses_one():
     chosen, rejected = torch.tensor([[1.0], [0.5]]), torch.tensor([[0.25], [2.0]])
     mask = torch.ones(2, 1, dtype=torch.bool)

@@ -45,6 +45,14 @@ def test_variance_by_hand():
     assert masked_var(x, mask, unbiased=True).item() == pytest.approx(7.0)
 
 
+def test_variance_of_two_values_and_of_one():
+    """1 and 3: 1, and 2 unbiased. One value has none, in either sense."""
+    x = torch.tensor([1.0, 3.0])
+    two, one = torch.tensor([True, True]), torch.tensor([False, True])
+    assert [masked_var(x, two).item(), masked_var(x, two, unbiased=True).item()] == [1.0, 2.0]
+    assert [masked_var(x, one).item(), masked_var(x, one, unbiased=True).item()] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_equal_to_the_plain_statistics_of_the_real_values(seed):
     """f(x, mask) == f(x[mask])."""
@@ -159,9 +167,11 @@ def test_moments_by_hand():
     assert (mean.item(), var.item()) == (3.0, pytest.approx(8 / 3))
 
 
-def test_moments_of_nothing():
-    mean, var = mean_var_from(moments(torch.ones(3), torch.zeros(3, dtype=torch.bool)))
-    assert (mean.item(), var.item()) == (0.0, 0.0)
+def test_moments_of_nothing_and_of_one_value():
+    nothing, one = torch.zeros(3, dtype=torch.bool), torch.tensor([False, True, False])
+    x = torch.tensor([1.0, 5.0, 2.0])
+    assert [part.item() for part in mean_var_from(moments(x, nothing))] == [0.0, 0.0]
+    assert [part.item() for part in mean_var_from(moments(x, one))] == [5.0, 0.0]
 
 
 @pytest.mark.parametrize("parts", [[4], [1, 3], [3, 1], [1, 1, 1, 1]])

@@ -22,6 +22,7 @@ def test_l8_linear_decay_over_all_updates():
     for total in (1, 7, 1000):
         expected = [1 - (u - 1) / total for u in range(1, total + 1)]
         assert curve("linear", total=total) == pytest.approx(expected, abs=1e-12)
+        assert lr_multiplier(total, total_steps=total, warmup_steps=0, schedule="linear") == 0.0
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -2,7 +2,8 @@
 
 All are the ranking loss of `pairwise_reward_loss`; they differ in which scores of a response they compare. Shapes:
 `B` pairs, `T` token positions (chosen and rejected may have different `T`). Masks are bool, True at the
-response's own tokens, which come first in their row: position 0 is the first token after the prompt.
+response's own tokens, which come first in their row: position 0 is the first token after the prompt. A response
+without tokens has the score 0.
 """
 
 from __future__ import annotations
