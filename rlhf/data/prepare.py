@@ -1,0 +1,394 @@
+"""The whole of a data preparation: read, tokenise, divide, write. The scripts of data_prep/ add only the parser.
+
+Rows stream from the reader through the tokenising processes to a spool of flat token files; a few numbers for each
+row decide its split and place; the splits are then written from the spool, packed twin first, and the `.pt` from
+the twin. So memory grows by some forty bytes a row, whatever the length of the texts. Everything is written in a
+folder beside `--destination_dir` and moved in at the end: a run that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.encode import Encoded, Limits, RowEncoder, encode_all
+from rlhf.data.exchange import write_pt
+from rlhf.data.formats import format_of
+from rlhf.data.packed import IGNORE_INDEX, SPLIT_NAMES
+from rlhf.data.report import LengthCounts, Progress, counts_table
+from rlhf.data.rows import Row
+from rlhf.data.sources import CHUNK_ROWS, Source, choose_splits, open_sources
+from rlhf.data.splits import data_info
+from rlhf.data.spool import Selection, Spool, SpooledRows, select
+from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
+from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
+from rlhf.errors import UserError
+from rlhf.files import write_json
+from rlhf.flags import check_positive
+
+_POOL_PAYS_BYTES = 4 << 20
+_EARLY_CHECK_ROWS = 1000
+
+Parse = Callable[[Any], Row]
+
+
+@dataclass(kw_only=True)
+class OutputFlags:
+    """What to write."""
+
+    destination_dir: str
+    """Folder that receives the splits. Preparing another stage into the same folder adds to it."""
+    tokenizer_name: str
+    """Tokenizer of the model that will be trained: a hub id or a local folder."""
+    stage: Literal["finetune", "preference", "feedback", "prompts"] = "finetune"
+    """What the rows are for: responses to imitate, chosen and rejected pairs, responses labelled good or bad, or
+    prompts to sample from."""
+    validation_percentage: float = 0.1
+    """Share of the prompts, from 0 to 1, that is held out for validation, where the data has no such split."""
+    test_percentage: float = 0.1
+    """Share of the prompts, from 0 to 1, that is held out for testing, where the data has no such split."""
+    shuffle: bool = True
+    """Shuffle the rows of each split. False: in the order of the source."""
+    seed: int = 42
+    """Decides which prompts are held out (the same ones for every stage), and the shuffled order."""
+    ignore_index: int = IGNORE_INDEX
+    """Value in the targets of finetune rows where nothing is learnt."""
+
+
+@dataclass(kw_only=True)
+class SourceFlags:
+    """Where the rows come from."""
+
+    dataset_path: str | None = None
+    """Local file, or folder of files named train…, validation…, test…: .json, .jsonl, .csv or .parquet, each also
+    .gz. The word sample stands for the sample that comes with the script. Unset: the hub."""
+    dataset_name: str | None = None
+    """Data set of the hub."""
+    dataset_subset: str | None = None
+    """Folder inside the data set of the hub, such as harmless-base."""
+    train_split: str = "auto"
+    """Name of the training split in the data set; auto: train."""
+    validation_split: str = "auto"
+    """Name of the validation split; auto: the usual names; none: cut from the training split."""
+    test_split: str = "auto"
+    """Name of the test split; auto: the usual name; none: cut from the training split."""
+    limit: int | None = None
+    """Read at most this many rows of each split."""
+
+
+@dataclass(kw_only=True)
+class RowFlags:
+    """Which rows are kept."""
+
+    max_length: int = 512
+    """Most tokens of prompt and response together, EOS included."""
+    max_prompt_length: int = 256
+    """Most tokens of a prompt."""
+    max_response_length: int | None = None
+    """Most tokens of a response, EOS included; no limit of its own unless set."""
+    truncate: bool = False
+    """Cut what is over a limit (prompts at the start, responses at the end, without EOS) instead of dropping it."""
+    remove_same_inputs: bool = False
+    """Keep only the first row of each prompt."""
+    remove_same_responses: bool = True
+    """Drop pairs whose responses are equal."""
+    on_bad_row: Literal["skip", "error"] = "skip"
+    """What a broken row does: it is skipped and reported, or it stops the run."""
+    max_bad_fraction: float = 0.1
+    """Stop if more than this part of the rows is broken."""
+
+
+@dataclass(kw_only=True)
+class WorkFlags:
+    """How the work is done."""
+
+    num_workers: int = 0
+    """Tokenising processes; 0: one for each core, or none where the data is small."""
+    trust_remote_code: bool = False
+    """Run tokenizer code that comes with the checkpoint."""
+
+
+@dataclass(kw_only=True)
+class PrepareFlags(WorkFlags, RowFlags, SourceFlags, OutputFlags):
+    """Data preparation: the flags that all its scripts share."""
+
+
+@dataclass
+class _Tally:
+    """What is counted over all sources while rows stream by."""
+
+    lengths: LengthCounts = dataclasses.field(default_factory=LengthCounts)
+    kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    boundary: tuple[int, int] = (0, 0)
+    examples: dict[str, tuple[int, str, list[int]]] = dataclasses.field(default_factory=dict)
+    num_read: int = 0
+    num_bad: int = 0
+    num_skipped: int = 0
+    num_tokens: int = 0
+    first_bad: dict[str, Any] | None = None
+
+
+def prepare(
+    flags: PrepareFlags,
+    make_parser: Callable[[PreTrainedTokenizerBase], Parse],
+    *,
+    sample: Path | None = None,
+    prompt_template: str = "{prompt}",
+) -> dict[str, Any]:
+    """Prepare one stage; `make_parser(tokenizer)` gives what turns a source row into a `Row`.
+
+    Returns:
+        The stage's entry in `args.json`.
+
+    Raises:
+        UserError: a flag, source, tokenizer or row that can't be used; nothing is written then.
+    """
+    _check(flags)
+    destination = Path(flags.destination_dir).expanduser()
+    if destination.exists() and not destination.is_dir():
+        raise UserError(f"--destination_dir {destination} is a file; give a folder")
+    info = data_info(destination)
+    tokenizer = load_tokenizer(flags.tokenizer_name, trust_remote_code=flags.trust_remote_code)
+    sources = choose_splits(
+        open_sources(_local_path(flags, sample), flags.dataset_name or "", flags.dataset_subset),
+        {name: getattr(flags, f"{name}_split") for name in SPLIT_NAMES},
+    )
+    limits = Limits(flags.max_length, flags.max_prompt_length, flags.max_response_length, flags.truncate)
+    encoder = RowEncoder(flags.stage, tokenizer, make_parser(tokenizer), limits, flags.seed)
+    started = time.perf_counter()
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise UserError(f"--destination_dir {destination} can't be written ({error.strerror})") from error
+    try:
+        tally = _Tally()
+        num_workers = _num_workers(flags, sources)
+        spooled = _encode_sources(flags, encoder, sources, work, tally, num_workers)
+        shares = {"validation": flags.validation_percentage, "test": flags.test_percentage}
+        selections = select(
+            spooled,
+            {name: share for name, share in shares.items() if name not in sources},
+            remove_same_inputs=flags.remove_same_inputs,
+            shuffle=flags.shuffle,
+            seed=flags.seed,
+        )
+        counts = {name: selection.counts() for name, selection in selections.items()}
+        print(counts_table(counts))
+        if not len(selections["train"].index):
+            raise UserError(_nothing_left(flags, counts, tally))
+        out = work / "out"
+        out.mkdir()
+        files = _write_splits(out, flags, selections)
+        files |= _write_extras(out, work, flags, tally, selections)
+        seconds = time.perf_counter() - started
+        kind = tally.kinds.most_common(1)[0][0]
+        entry = {
+            "arguments": dataclasses.asdict(flags),
+            "tokenizer": {"name": flags.tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
+            "format": format_of(kind, tokenizer, prompt_template),
+            "counts": counts,
+            "bad_rows": tally.num_bad,
+            "boundary": {"checked": tally.boundary[0], "differ": tally.boundary[1]},
+            "lengths": tally.lengths.summary(),
+            "files": files,
+        }
+        info["stages"][flags.stage] = entry
+        write_json(out / "args.json", info)
+        _move_in(out, destination, flags.stage)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _print_end(destination, tally, seconds, num_workers)
+    return entry
+
+
+def _check(flags: PrepareFlags) -> None:
+    check_positive(flags, "max_length", "max_prompt_length", "max_response_length", "limit")
+    for name in ("validation_percentage", "test_percentage", "max_bad_fraction"):
+        value = getattr(flags, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"--{name}={value} is a share from 0 to 1; a tenth is 0.1")
+    if flags.validation_percentage + flags.test_percentage >= 1:
+        raise UserError("--validation_percentage and --test_percentage together leave nothing to train on")
+    if flags.num_workers < 0:
+        raise UserError(f"--num_workers={flags.num_workers} can't be below 0; 0 takes every core")
+    if flags.max_prompt_length >= flags.max_length and flags.stage != "prompts":
+        raise UserError(
+            f"--max_prompt_length={flags.max_prompt_length} leaves no room for a response within "
+            f"--max_length={flags.max_length}; make it smaller"
+        )
+    if flags.dataset_path is None and not flags.dataset_name:
+        raise UserError("no data given; pass --dataset_path with a file or folder, or --dataset_name")
+
+
+def _local_path(flags: PrepareFlags, sample: Path | None) -> str | None:
+    if flags.dataset_path != "sample":
+        return flags.dataset_path
+    if sample is None or not sample.exists():
+        raise UserError("--dataset_path sample: this script comes with no sample; give a file or folder")
+    return str(sample)
+
+
+def _num_workers(flags: PrepareFlags, sources: dict[str, Source]) -> int:
+    if flags.num_workers:
+        return flags.num_workers
+    if flags.limit is not None and flags.limit <= CHUNK_ROWS:
+        return 1
+    size = sum(source.total * (1 if source.files else 1000) for source in sources.values())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if size > _POOL_PAYS_BYTES else 1
+
+
+def _encode_sources(
+    flags: PrepareFlags,
+    encoder: RowEncoder,
+    sources: dict[str, Source],
+    work: Path,
+    tally: _Tally,
+    num_workers: int,
+) -> dict[str, SpooledRows]:
+    """Stream every source through the encoder into its spool; stop at too many broken rows."""
+    unit = "B" if any(source.files for source in sources.values()) else "rows"
+    progress = Progress(sum(source.total for source in sources.values()), unit)
+    spooled = {}
+    try:
+        with open(work / "skipped.jsonl", "w", encoding="utf-8") as skipped:
+            for name, source in sources.items():
+                spool = Spool(work, flags.stage, name)
+                try:
+                    for encoded in encode_all(encoder, source.chunks(flags.limit), num_workers):
+                        spool.add(encoded)
+                        for row in encoded.skipped:
+                            skipped.write(json.dumps(row, ensure_ascii=False) + "\n")
+                        _count(flags, name, encoded, tally)
+                        progress.update(encoded.progress, encoded.num_read, encoded.num_tokens)
+                finally:
+                    spool.close()
+                spooled[name] = spool.finish()
+    finally:
+        progress.close()
+    _stop_if_bad(flags, tally)
+    return spooled
+
+
+def _count(flags: PrepareFlags, source: str, encoded: Encoded, tally: _Tally) -> None:
+    bad = [row for row in encoded.skipped if row["bad"]]
+    if bad and flags.on_bad_row == "error":
+        raise UserError(_place(bad[0]) + ", or pass --on_bad_row=skip")
+    tally.first_bad = tally.first_bad or (bad[0] if bad else None)
+    tally.num_bad += len(bad)
+    tally.num_skipped += len(encoded.skipped)
+    tally.num_read += encoded.num_read
+    tally.num_tokens += encoded.num_tokens
+    tally.kinds += encoded.kinds
+    tally.lengths.add(encoded.lengths)
+    tally.boundary = tuple(a + b for a, b in zip(tally.boundary, encoded.boundary, strict=True))
+    if encoded.example and encoded.example < tally.examples.get(source, (2**64,)):
+        tally.examples[source] = encoded.example
+    if tally.num_read >= _EARLY_CHECK_ROWS:
+        _stop_if_bad(flags, tally)
+
+
+def _stop_if_bad(flags: PrepareFlags, tally: _Tally) -> None:
+    if tally.num_bad > flags.max_bad_fraction * tally.num_read:
+        raise UserError(
+            f"{tally.num_bad:,} of the first {tally.num_read:,} rows are broken, more than "
+            f"--max_bad_fraction={flags.max_bad_fraction} allows; the first is {_place(tally.first_bad)}"
+        )
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f"{row['file']}:{row['line']}: {row['reason']}; {row['fix']}"
+
+
+def _nothing_left(flags: PrepareFlags, counts: dict[str, dict], tally: _Tally) -> str:
+    if not tally.num_read:
+        return "the source holds no rows; give one that does"
+    reasons: collections.Counter = collections.Counter()
+    for split in counts.values():
+        reasons.update(split["dropped"])
+    why = ", ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(3))
+    first = f"; the first broken row is {_place(tally.first_bad)}" if tally.first_bad else ""
+    return f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why}){first}"
+
+
+def _write_splits(out: Path, flags: PrepareFlags, selections: dict[str, Selection]) -> dict[str, dict]:
+    files = {}
+    for name, selection in selections.items():
+        if not len(selection.index):
+            continue
+        twin, pt = (out / f"{flags.stage}_{name}{suffix}" for suffix in (".safetensors", ".pt"))
+        rows = selection.source.rows
+        lengths = lengths_of(rows, selection.index)
+        fingerprint = write_twin(twin, flags.stage, lengths, rows.blocks(selection.index))
+        write_pt(pt, open_twin(twin).rows, ignore_index=flags.ignore_index)
+        stamp_twin(twin, pt)
+        files[pt.name] = {"rows": len(selection.index), "fingerprint": fingerprint}
+    return files
+
+
+def _write_extras(
+    out: Path, work: Path, flags: PrepareFlags, tally: _Tally, selections: dict[str, Selection]
+) -> dict[str, dict]:
+    """The example prompt, the histogram, and the list of rows that could not be used."""
+    source = next(name for name in ("test", "validation", "train") if name in tally.examples)
+    _, text, ids = tally.examples[source]
+    input_ids = torch.tensor([ids], dtype=torch.int64)
+    example = {"prompt": text, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    torch.save(example, out / "example_prompt.pt")
+    kept = sum(len(selection.index) for selection in selections.values())
+    tally.lengths.plot(
+        out / f"lengths_{flags.stage}.png",
+        f"{flags.stage}: {tally.num_read:,} rows read, {kept:,} kept",
+        {"prompt": flags.max_prompt_length, "response": flags.max_response_length},
+    )
+    files: dict[str, dict] = {"example_prompt.pt": {}, f"lengths_{flags.stage}.png": {}}
+    if tally.num_skipped:
+        name = f"skipped_{flags.stage}.jsonl"
+        shutil.copyfile(work / "skipped.jsonl", out / name)
+        files[name] = {"rows": tally.num_skipped}
+    return files
+
+
+def _move_in(out: Path, destination: Path, stage: str) -> None:
+    """Move the finished files into place, `args.json` last, and remove what an earlier run of the stage left."""
+    destination.mkdir(exist_ok=True)
+    new = {path.name for path in out.iterdir()}
+    for path in out.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    for name in sorted(new, key=lambda name: name == "args.json"):
+        if name == "args.json":
+            for suffix in (".pt", ".safetensors"):
+                for split in SPLIT_NAMES:
+                    stale = destination / f"{stage}_{split}{suffix}"
+                    if stale.name not in new:
+                        stale.unlink(missing_ok=True)
+            if f"skipped_{stage}.jsonl" not in new:
+                (destination / f"skipped_{stage}.jsonl").unlink(missing_ok=True)
+        os.replace(out / name, destination / name)
+
+
+def _print_end(destination: Path, tally: _Tally, seconds: float, num_workers: int) -> None:
+    checked, differ = tally.boundary
+    if checked:
+        print(f"prompt and response in one piece would get other ids: {differ:,} of the first {checked:,} texts")
+    if tally.num_bad:
+        print(f"broken rows: {tally.num_bad:,} of {tally.num_read:,}; the first is {_place(tally.first_bad)}")
+    processes = f"{num_workers} process{'es' if num_workers > 1 else ''}"
+    print(
+        f"{destination}: {tally.num_read:,} rows and {tally.num_tokens:,} tokens in {seconds:.1f} s "
+        f"({tally.num_read / seconds:,.0f} rows/s, {tally.num_tokens / seconds:,.0f} tokens/s, {processes})"
+    )
