@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.experiment.run import Run
@@ -42,12 +42,11 @@ def example_prompt(data_dir: str) -> Tensor | None:
     return torch.load(path, weights_only=True)["input_ids"].reshape(-1) if path.is_file() else None
 
 
-def log_sample(run: Run, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def log_sample(run: Run, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
     """Answer the example prompt, on the first device, into samples.jsonl and onto the terminal."""
     prompt = example_prompt(run.flags.data_dir)
     if run.rank != 0 or prompt is None:
         return
-    policy = policy.module
     with run.fabric.autocast():
         samples = generate(
             policy, [prompt.to(run.device)], sampling_of(run.flags, tokenizer, policy, seed=run.flags.seed)

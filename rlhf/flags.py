@@ -265,7 +265,7 @@ class DeviceFlags:
     strategy: Literal["auto", "ddp"] = "auto"
     """How devices share the work; auto is ddp on several devices."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """32-true, or bf16-mixed (bf16 products over float32 weights); auto: the latter where the hardware is fast at it."""
+    """32-true, or bf16-mixed (bf16 products, float32 weights); auto: the latter where the hardware is fast at it."""
 
 
 @dataclass(kw_only=True)
@@ -287,6 +287,6 @@ class GenerationFlags:
 def check_positive(flags: Any, *names: str) -> None:
     """Raise `UserError` for the first of these flags that is set and not above 0."""
     for name in names:
-        value = getattr(flags, name)
+        value = getattr(flags, name, None)
         if value is not None and value <= 0:
             raise UserError(f"--{name}={value} must be above 0")

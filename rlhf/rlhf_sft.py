@@ -85,37 +85,29 @@ def main(flags: SFTFlags) -> dict:
     run.open()
 
     def assess() -> dict[str, float]:
-        values = evaluate(run, policy, validation, flags.use_targets) if validation is not None else {}
-        run.log(values)
-        log_sample(run, policy, tokenizer)
-        if values:
-            run.say(f"  after step {run.step_index}: validation perplexity {values['val/perplexity']:.3f}")
-            run.save_best(policy.module, tokenizer, "val/loss", values["val/loss"], higher=False)
+        log_sample(run, policy.module, tokenizer)
+        if validation is None:
+            return {}
+        values = evaluate(run, policy, validation, flags.use_targets)
+        run.save_best(policy.module, tokenizer, "val/loss", values["val/loss"], higher=False)
         return values
 
     def pack(rows: list[int]) -> Forest:
         return Forest([tree_of(train[i], flags.use_targets) for i in rows])
 
-    if run.step_index == 0:
-        assess()
     lengths = train.lengths("input_ids")
     for step in run.steps(len(train)):
-        num_targets = sum(Forest([tree_of(train[i], flags.use_targets)]).num_targets for i in step.global_rows)
+        run.evaluate_if_due(assess)
+        run.save_if_due(models, optimizers, tokenizer)
+        num_targets = pack(step.global_rows).num_targets
         for forest in step.micro_batches(pack, policy, tokens=lengths):
             token_logps, _ = policy(forest.to(run.device))
             loss = nll_loss(token_logps).sum()
             step.backward(loss / max(1, num_targets))
-            step.add("train/loss", loss, forest.num_targets)
+            step.metrics.add("train/loss", loss * step.weight, forest.num_targets * step.weight)
             step.num_tokens += forest.num_tokens
         step.update(optimizer, clip=flags.gradient_clip_val)
-        if run.due(flags.save_interval):
-            run.save(models, optimizers, tokenizer)
-        if run.due(flags.eval_interval):
-            assess()
-    if run.interrupted:
-        run.save(models, optimizers, tokenizer)
-    run.save_final(policy.module, tokenizer)
-    return run.finish(assess())
+    return run.finish(models, optimizers, tokenizer, assess)
 
 
 if __name__ == "__main__":

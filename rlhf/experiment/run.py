@@ -7,12 +7,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
     fabric = _fabric(flags)
     fabric.launch()
+    transformers.utils.logging.disable_progress_bar()
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     return Run(fabric, flags, script, folder)
@@ -110,7 +112,11 @@ class Run:
         self.modules: list[nn.Module] = []
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=flags.keep_checkpoints)
         self.logs: Logs | None = None
+        self.interrupted = False
         self._stop_requested = False
+        self._evaluated_at = self._saved_at = -1
+        self._values: dict[str, float] = {}
+        self._step: Step | None = None
         self._data_info: dict | None = None
 
     def say(self, text: str) -> None:
@@ -179,17 +185,43 @@ class Run:
         if not self.flags.resume:
             return {}
         self.step_index, extra = self.checkpoints.load_last(self.flags, models, optimizers)
-        self.skipped_steps = extra.pop("skipped_steps")
+        self.skipped_steps, self._evaluated_at = extra.pop("skipped_steps"), extra.pop("evaluated_at")
+        self._saved_at = self.step_index
         self.say(f"{self.script}: resumed {self.folder} after step {self.step_index}")
         return extra
 
-    def save(
+    def evaluate_if_due(self, assess: Callable[[], dict[str, float]]) -> None:
+        """At every `--eval_interval`-th step, the first included: log what `assess` measures."""
+        interval = self.flags.eval_interval
+        if interval > 0 and self.step_index % interval == 0 and self._evaluated_at != self.step_index:
+            self._evaluate(assess)
+            self._step.began = time.perf_counter()
+
+    def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
+        began = time.perf_counter()
+        self._values = assess()
+        self._evaluated_at = self.step_index
+        if self._values:
+            self.log({**self._values, "perf/evaluation_seconds": time.perf_counter() - began})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in self._values.items())
+            self.say(f"  after step {self.step_index}: {shown}")
+
+    def save_if_due(
         self, models: dict[str, Role], optimizers: dict[str, Optimizer], tokenizer, extra: dict | None = None
     ) -> None:
-        """Write a checkpoint of the steps finished so far, on the first device; the others wait."""
+        """At every `--save_interval`-th step: write a checkpoint."""
+        interval = self.flags.save_interval
+        if interval > 0 and self.step_index > 0 and self.step_index % interval == 0:
+            self._save(models, optimizers, tokenizer, extra)
+            self._step.began = time.perf_counter()
+
+    def _save(self, models, optimizers, tokenizer, extra) -> None:
+        if self._saved_at == self.step_index:
+            return
         if self.rank == 0:
-            extra = {**(extra or {}), "skipped_steps": self.skipped_steps}
-            self.checkpoints.save(self.step_index, self.flags, models, optimizers, tokenizer, extra)
+            kept = {"skipped_steps": self.skipped_steps, "evaluated_at": self._evaluated_at}
+            self.checkpoints.save(self.step_index, self.flags, models, optimizers, tokenizer, {**(extra or {}), **kept})
+        self._saved_at = self.step_index
         self.fabric.barrier()
 
     def save_best(self, role: Role, tokenizer, metric: str, value: float, *, higher: bool) -> None:
@@ -198,18 +230,11 @@ class Run:
             self.checkpoints.save_best(self.step_index, role, tokenizer, metric, value, higher=higher)
         self.fabric.barrier()
 
-    def save_final(self, role: Role, tokenizer) -> None:
-        """Write `final/`, unless the run was asked to stop before its end."""
-        if self.rank == 0 and self.step_index >= self.total_steps:
-            with atomic_dir(self.folder / "final") as temporary:
-                save_model(role, tokenizer, temporary)
-        self.fabric.barrier()
-
     def steps(self, num_rows: int) -> Iterator[Step]:
         """The optimiser steps that are still to do, each with this device's rows.
 
         A step's rows, dropout and sampling depend on the seed and the step alone, so a resumed run goes on as
-        the unbroken one. SIGTERM and SIGINT end the loop after the step in hand (`stopping` is then True).
+        the unbroken one. SIGTERM and SIGINT end the loop after the step in hand (`interrupted` is then True).
         """
         if self.total_steps == 0:
             self.plan(num_rows)
@@ -220,16 +245,19 @@ class Run:
             total=self.total_steps, initial=self.step_index, desc=self.script, disable=self.rank != 0, mininterval=1.0
         )
         try:
-            while self.step_index < self.total_steps and not self.stopping:
+            while self.step_index < self.total_steps:
                 rows = rows_of_step(
                     self.step_index, num_rows, self.global_batch, seed=self.flags.seed, shuffle=self.flags.shuffle
                 )
                 self._seed_step()
-                step = Step(self, rows)
-                yield step
+                self._step = Step(self, rows)
+                yield self._step
                 self.step_index += 1
                 bar.update(1)
-                step.finish(bar)
+                self._step.finish(bar)
+                if self._asked_to_stop():
+                    self.interrupted = self.step_index < self.total_steps
+                    break
         finally:
             bar.close()
             for s, handler in previous.items():
@@ -238,9 +266,7 @@ class Run:
     def _request_stop(self, *_: Any) -> None:
         self._stop_requested = True
 
-    @property
-    def stopping(self) -> bool:
-        """Whether any device was asked to stop."""
+    def _asked_to_stop(self) -> bool:
         if self.world_size == 1:
             return self._stop_requested
         flag = torch.tensor(float(self._stop_requested), device=self.device)
@@ -250,10 +276,6 @@ class Run:
         """Dropout masks of this step: of the seed, the step and the device."""
         seed = (self.flags.seed * 1_000_003 + self.step_index) * 1_009 + self.rank
         torch.manual_seed(seed % 2**63)
-
-    def due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps is due before this step (never before step 0)."""
-        return interval > 0 and self.step_index > 0 and self.step_index % interval == 0
 
     def batches(self, num_rows: int, limit: int) -> Iterator[list[int]]:
         """This device's rows of the first `limit` validation mini-batches (0: all), in file order."""
@@ -267,19 +289,52 @@ class Run:
     def metrics(self) -> Metrics:
         return Metrics(self.fabric)
 
+    def gather_rows(self, table: Tensor) -> Tensor:
+        """Put the rows that every device measured under each other: (n_r, C) on device r to (sum n_r, C)."""
+        if self.world_size == 1:
+            return table.cpu()
+        parts: list[Tensor] = [torch.empty(0)] * self.world_size
+        torch.distributed.all_gather_object(parts, table.cpu())
+        return torch.cat(parts)
+
+    def progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:
+        """Iterate with a progress bar on the first device."""
+        yield from tqdm(items, desc=what, disable=self.rank != 0, mininterval=1.0)
+
     def log(self, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the logger."""
         if self.logs is not None:
             self.logs.write(self.step_index, values)
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Close the logs, write `summary.json`, and exit 0 where the run was asked to stop."""
+    def finish(
+        self,
+        models: dict[str, Role],
+        optimizers: dict[str, Optimizer],
+        tokenizer,
+        assess: Callable[[], dict[str, float]],
+        extra: dict | None = None,
+    ) -> dict[str, Any]:
+        """End the run: the last evaluation and `final/`, or, where it was asked to stop, a checkpoint to resume.
+
+        Returns:
+            The last evaluation, the steps done, and the experiment folder; also written as summary.json.
+        """
+        if self.interrupted:
+            self._save(models, optimizers, tokenizer, extra)
+            self.say(f"{self.script}: stopped after step {self.step_index}; go on with --resume=True")
+        else:
+            if self._evaluated_at != self.step_index:
+                self._evaluate(assess)
+            if self.rank == 0:
+                with atomic_dir(self.folder / "final") as temporary:
+                    save_model(models["model"], tokenizer, temporary)
+        summary = {**self._values, "steps": self.step_index, "experiment_dir": str(self.folder)}
         if self.rank == 0:
-            if not self._stop_requested:
+            if not self.interrupted:
                 write_json(self.folder / "summary.json", summary)
             self.logs.close()
         self.fabric.barrier()
-        return {**summary, "experiment_dir": str(self.folder)}
+        return summary
 
 
 class Step:

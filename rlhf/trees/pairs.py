@@ -1,0 +1,41 @@
+"""Preference rows as trees: the prompt once, the chosen and the rejected response as its two branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.trees.forest import Tree
+
+
+def pair_tree(row: Mapping[str, Any]) -> Tree:
+    """A row of `preference_*.pt` as a trunk with two branches: chosen first."""
+    n = row["prompt_len"]
+    chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
+    return Tree.of(chosen[:n], chosen[n:], rejected[n:])
+
+
+def first_difference(row: Mapping[str, Any]) -> int:
+    """Index in the responses of the first token in which they differ; the shorter's length where one begins the other.
+
+    >>> first_difference({"prompt_len": 1, "chosen_input_ids": torch.tensor([9, 4, 5]),
+    ...                   "rejected_input_ids": torch.tensor([9, 4, 6, 7])})
+    1
+    """
+    n = row["prompt_len"]
+    chosen, rejected = row["chosen_input_ids"][n:], row["rejected_input_ids"][n:]
+    shorter = min(len(chosen), len(rejected))
+    different = (chosen[:shorter] != rejected[:shorter]).nonzero()
+    return int(different[0]) if len(different) else shorter
+
+
+def halves(per_branch: Tensor) -> tuple[Tensor, Tensor]:
+    """Split what stands once a branch, (2B, ...), into chosen and rejected, (B, ...) each."""
+    return per_branch[0::2], per_branch[1::2]
+
+
+def pair_tokens(prompt_lens: Tensor, chosen_lens: Tensor, rejected_lens: Tensor) -> Tensor:
+    """(N,) distinct tokens of each pair, from the lengths of its columns."""
+    return chosen_lens + rejected_lens - prompt_lens
