@@ -208,15 +208,15 @@ class BatchFlags:
 class OptimizerFlags:
     """Optimiser and schedule."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """AdamW (decoupled weight decay), Adam, or plain SGD."""
+    optimizer: Literal["adamw", "adam", "adam_tf", "sgd"] = "adamw"
+    """AdamW (decoupled weight decay), Adam, Adam with TensorFlow's place for epsilon, or plain SGD."""
     weight_decay: float = 0.0
     """Weight decay of matrices; norms, biases and embeddings are never decayed."""
     optimizer_eps: float = 1e-8
     """Epsilon of Adam."""
     optimizer_beta1: float = 0.9
     """First-moment decay of Adam; momentum of SGD is 0."""
-    optimizer_beta2: float = 0.95
+    optimizer_beta2: float = 0.999
     """Second-moment decay of Adam."""
     gradient_clip_val: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""

@@ -165,7 +165,7 @@ def main(flags: DPOFlags) -> dict:
     train, validation = run.load_splits("preference", tokenizer)
     policy = run.setup(load_policy(source, flags))
     train_reference, validation_reference = reference_of(run, flags, policy, source, [train, validation])
-    optimizer = make_optimizer(policy, flags, flags.learning_rate)
+    optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     run.plan(len(train), what="pairs")
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)

@@ -42,6 +42,8 @@ class RMFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, RunFlags, Devic
 
     sft_experiment_dir: str | None = None
     """Experiment (or model) that the reward model starts from; it takes the place of --model_name."""
+    disable_dropout: bool = True
+    """Set every dropout probability of the model to 0, so that a pair's score is one number."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     loss_type: Literal["last_token", "average", "per_sample"] = "last_token"
@@ -97,7 +99,7 @@ def main(flags: RMFlags) -> dict:
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("preference", tokenizer)
     scorer = run.setup(load_scorer(source, flags, new_head=True))
-    optimizer = make_optimizer(scorer, flags, flags.learning_rate)
+    optimizer = make_optimizer(scorer.module, flags, flags.learning_rate)
     run.plan(len(train), what="pairs")
     models, optimizers = {"model": scorer.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)

@@ -78,7 +78,7 @@ def main(flags: SFTFlags) -> dict:
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("finetune", tokenizer)
     policy = run.setup(load_policy(source, flags))
-    optimizer = make_optimizer(policy, flags, flags.learning_rate)
+    optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     run.plan(len(train))
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)

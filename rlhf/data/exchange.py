@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from rlhf.data.packed import BLOCK_ROWS, IGNORE_INDEX, SCHEMAS, PackedRows, pack
-from rlhf.data.twin import all_blocks
 from rlhf.errors import UserError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -33,7 +32,7 @@ def write_pt(path: Path, rows: PackedRows, *, ignore_index: int = IGNORE_INDEX) 
         for record, content in ((".format_version", "1"), ("byteorder", "little"), ("version", "3\n")):
             archive.writestr(f"{name}/{record}", content)
         with archive.open(f"{name}/data/0", "w", force_zip64=True) as file:
-            for block in all_blocks(rows):
+            for block in rows.blocks():
                 for values in _int64_columns(block, ignore_index):
                     file.write(values.data)
 
@@ -190,7 +189,7 @@ def _write_pickle(file: IO[bytes], rows: PackedRows) -> None:
 
     file.write(b"\x80\x02]")
     place = 0
-    for block in all_blocks(rows):
+    for block in rows.blocks():
         starts = {}
         for column in tensors:
             starts[column] = (place + block.offsets[column]).tolist()

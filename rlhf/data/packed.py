@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import xxhash
 IGNORE_INDEX = -100
 """The value in `targets` of a position that no loss looks at."""
 
-BLOCK_ROWS = 2048
+BLOCK_ROWS = 512
 """Rows that are gathered, checked or written at a time."""
 
 
@@ -51,13 +52,15 @@ def sequence_type(column: str) -> np.dtype:
 class PackedRows:
     """Rows of one stage: each sequence column end to end in one array, with N + 1 offsets.
 
-    The arrays may be views of a memory-mapped file; nothing here copies more than the rows it is asked for.
+    The arrays may be views of memory-mapped files (`maps`); nothing here copies more than the rows it is asked for,
+    and `blocks` gives the pages that it has read back to the system as it goes.
     """
 
     stage: str
     flat: dict[str, np.ndarray]
     offsets: dict[str, np.ndarray]
     scalars: dict[str, np.ndarray]
+    maps: tuple[mmap.mmap, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.scalars["prompt_len"])
@@ -104,10 +107,22 @@ class PackedRows:
             flat[column] = self.flat[column][shift + np.arange(len(shift))]
         return PackedRows(self.stage, flat, offsets, {name: values[index] for name, values in self.scalars.items()})
 
-    def blocks(self, index: np.ndarray) -> Iterator[PackedRows]:
-        """The rows `index`, some thousand at a time."""
-        for start in range(0, len(index), BLOCK_ROWS):
-            yield self.take(index[start : start + BLOCK_ROWS])
+    def blocks(self, index: np.ndarray | None = None) -> Iterator[PackedRows]:
+        """The rows `index` (or all, in order and without a copy), some thousand at a time."""
+        for start in range(0, len(self) if index is None else len(index), BLOCK_ROWS):
+            yield self._slice(start, BLOCK_ROWS) if index is None else self.take(index[start : start + BLOCK_ROWS])
+            for mapped in self.maps:
+                if hasattr(mapped, "madvise"):
+                    mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _slice(self, start: int, count: int) -> PackedRows:
+        offsets = {column: values[start : start + count + 1] for column, values in self.offsets.items()}
+        return PackedRows(
+            self.stage,
+            {column: self.flat[column][values[0] : values[-1]] for column, values in offsets.items()},
+            {column: values - values[0] for column, values in offsets.items()},
+            {name: values[start : start + count] for name, values in self.scalars.items()},
+        )
 
     def hashes(self) -> np.ndarray:
         """A 128-bit hash of each row's content, (N, 2) uint64: of the values alone, wherever they are stored."""

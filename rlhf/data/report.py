@@ -90,10 +90,10 @@ def counts_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
     """Rows kept and dropped, by split and by reason, with percentages of all.
 
     >>> print(counts_table({"train": {"kept": 3, "dropped": {"too long": 1}, "cut": {}}}))
-    rows            train
-    kept                3  75.0 %
-    dropped             1  25.0 %
-      too long          1  25.0 %
+    rows              train
+    kept                  3  75.0 %
+    dropped               1  25.0 %
+      too long            1  25.0 %
     """
     splits = list(counts)
     reasons = sorted({reason for split in splits for reason in counts[split]["dropped"]})
@@ -104,10 +104,10 @@ def counts_table(counts: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [(f"  {reason}", [counts[s]["dropped"].get(reason, 0) for s in splits]) for reason in reasons]
     lines += [(f"{name}, kept", [counts[s]["cut"].get(name, 0) for s in splits]) for name in cuts]
     width = max(10, *(len(name) for name, _ in lines)) + 1
-    table = ["rows".ljust(width) + "".join(f"{split:>10}" for split in splits)]
+    table = ["rows".ljust(width) + "".join(f"{split:>12}" for split in splits)]
     for name, values in lines:
         share = f"{100 * sum(values) / max(total, 1):6.1f} %"
-        table.append(name.ljust(width) + "".join(f"{value:>10,}" for value in values) + share)
+        table.append(name.ljust(width) + "".join(f"{value:>12,}" for value in values) + share)
     return "\n".join(table)
 
 

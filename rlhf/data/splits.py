@@ -21,7 +21,6 @@ from rlhf.data.twin import (
     DamagedTwinError,
     Twin,
     adopt_time,
-    all_blocks,
     file_hash,
     lengths_of,
     open_twin,
@@ -188,7 +187,7 @@ def write_split(data_dir: str | Path, stage: str, name: str, rows: PackedRows | 
     twin_path = path.with_suffix(".safetensors")
     with atomic_write(twin_path) as temporary_twin, atomic_write(path) as temporary:
         index = np.arange(len(packed))
-        write_twin(temporary_twin, stage, lengths_of(packed, index), all_blocks(packed))
+        write_twin(temporary_twin, stage, lengths_of(packed, index), packed.blocks())
         write_pt(temporary, packed)
         stamp_twin(temporary_twin, temporary)
     return path

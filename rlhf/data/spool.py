@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,18 +46,20 @@ class Spool:
     def finish(self) -> SpooledRows:
         """All rows that were added, in order."""
         self.close()
-        flat, offsets = {}, {}
+        flat, offsets, maps = {}, {}, []
         for column, path in self._paths.items():
-            dtype = sequence_type(column)
-            empty = path.stat().st_size == 0
-            flat[column] = np.zeros(0, dtype) if empty else np.asarray(np.memmap(path, dtype, "r"))
+            flat[column] = np.zeros(0, sequence_type(column))
+            if path.stat().st_size:  # an empty file can't be mapped
+                with open(path, "rb") as file:
+                    maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                flat[column] = np.frombuffer(maps[-1], sequence_type(column))
             offsets[column] = offsets_of(_joined(self._lengths.pop(column), np.dtype("int32")))
         scalars = {name: _joined(parts, SCALAR_TYPES[name]) for name, parts in self._scalars.items()}
         source_row = _joined(self._meta["source_row"], np.dtype("int64"))
         key = _joined(self._meta["key"], np.dtype("uint64"))
         cut = _joined(self._meta["cut"], np.dtype("uint8"))
         dropped = {reason: np.concatenate(parts) for reason, parts in self._dropped.items()}
-        return SpooledRows(PackedRows(self.stage, flat, offsets, scalars), source_row, key, cut, dropped)
+        return SpooledRows(PackedRows(self.stage, flat, offsets, scalars, tuple(maps)), source_row, key, cut, dropped)
 
 
 class SpooledRows:

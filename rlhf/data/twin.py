@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from rlhf.data.packed import BLOCK_ROWS, SCALAR_TYPES, SCHEMAS, PackedRows, offsets_of, sequence_type
+from rlhf.data.packed import SCALAR_TYPES, SCHEMAS, PackedRows, offsets_of, sequence_type
 
 VERSION = "rlhf-split-1"
 _DTYPES = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
@@ -142,6 +142,7 @@ def open_twin(path: Path) -> Twin:
             {c: _view(layout[c], data, start) for c in schema.sequences},
             {c: index[f"{c}.offsets"] for c in schema.sequences},
             {name: index[name] for name in schema.scalars},
+            maps=(data,),
         )
         return Twin(rows, index["row_hashes"], metadata)
     except (KeyError, TypeError, ValueError) as error:
@@ -160,18 +161,6 @@ def file_hash(path: Path) -> str:
 def lengths_of(rows: PackedRows, index: np.ndarray) -> dict[str, np.ndarray]:
     """The lengths of the rows `index`, by column, as `write_twin` wants them."""
     return {c: rows.offsets[c][index + 1] - rows.offsets[c][index] for c in rows.offsets}
-
-
-def all_blocks(rows: PackedRows) -> Iterable[PackedRows]:
-    """All rows in order, some thousand at a time, without copying what is contiguous already."""
-    for start in range(0, len(rows), BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, len(rows))
-        yield PackedRows(
-            rows.stage,
-            {c: rows.flat[c][rows.offsets[c][start] : rows.offsets[c][stop]] for c in rows.flat},
-            {c: rows.offsets[c][start : stop + 1] - rows.offsets[c][start] for c in rows.offsets},
-            {name: values[start:stop] for name, values in rows.scalars.items()},
-        )
 
 
 def _encode_header(layout: dict, metadata: dict[str, str]) -> bytes:

@@ -118,7 +118,7 @@ class Checkpoints:
                 continue
             _check_flags(flags, state["flags"], folder)
             for name, role in models.items():
-                _load(role, weights[name], f"{folder} ({name})")
+                _load(name, role, weights[name], f"{folder} ({name})")
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(optimizer_states[name])
             return state["step"], state["extra"]
@@ -126,7 +126,7 @@ class Checkpoints:
 
 
 def _trained(role: Role) -> dict[str, torch.Tensor]:
-    return {name: p.detach().contiguous() for name, p in role.named_parameters() if p.requires_grad}
+    return {name: p.detach().contiguous() for name, p in role.own_parameters().items()}
 
 
 def _read(folder: Path, name: str, role: Role) -> dict[str, torch.Tensor]:
@@ -142,26 +142,25 @@ def _read(folder: Path, name: str, role: Role) -> dict[str, torch.Tensor]:
     return {key: value for file in files for key, value in load_file(folder / "model" / file).items()}
 
 
-def _load(role: Role, weights: dict[str, torch.Tensor], where: str) -> None:
-    trained = {name for name, p in role.named_parameters() if p.requires_grad}
-    if any(name in trained for name in weights):
-        _copy(dict(role.named_parameters()), weights, trained, where)
+def _load(name: str, role: Role, weights: dict[str, torch.Tensor], where: str) -> None:
+    own = role.own_parameters()
+    if name != "model":
+        _copy(own, weights, where)
     elif isinstance(role.model, PeftModel):
         result = set_peft_model_state_dict(role.model, weights, adapter_name="default")
         if not weights or result.unexpected_keys:
             raise UserError(f"the checkpoint {where} is of another adapter than this run's; resume with its own flags")
     else:
-        names = {name for name, p in role.model.named_parameters() if p.requires_grad}
-        _copy(dict(role.model.named_parameters()), weights, names, where)
+        _copy({n: p for n, p in role.model.named_parameters() if p.requires_grad}, weights, where)
 
 
-def _copy(parameters: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], needed: set[str], where: str) -> None:
-    missing = sorted(needed - set(weights))
+def _copy(parameters: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], where: str) -> None:
+    missing = sorted(set(parameters) - set(weights))
     if missing:
         raise UserError(f"the checkpoint {where} lacks {missing[0]}; it is of another model: resume with its own flags")
     with torch.no_grad():
-        for name in needed:
-            parameters[name].copy_(weights[name])
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
 
 
 def _check_flags(flags: Any, saved: dict[str, Any], folder: Path) -> None:

@@ -78,9 +78,9 @@ def reference_logps(
 
 def model_fingerprint(policy: Policy, precision: str) -> str:
     """Hash of every weight, the adapter in use, and the precision: what the log-probabilities depend on."""
-    digest = xxhash.xxh3_128(f"{precision} {policy.adapter} {policy.uses_trees}")
+    digest = xxhash.xxh3_128(f"{precision} {policy.adapter} {policy.uses_trees}".encode())
     for name, parameter in policy.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}")
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -142,22 +142,25 @@ class Run:
 
     def setup(self, module: nn.Module) -> nn.Module:
         """Move a model to this run's device and under its strategy."""
+        module.own_parameters()
         module = self.fabric.setup_module(module)
         self.modules.append(module)
         return module
 
     @property
     def global_batch(self) -> int:
-        return self.flags.mini_batch_size * self.world_size
+        """Rows of one step over all devices: a mini-batch, or in RL a rollout, on each."""
+        return getattr(self.flags, "rollout_size", self.flags.mini_batch_size) * self.world_size
 
     def plan(self, num_rows: int, *, what: str = "rows") -> int:
-        """Compute the length of the run and print every derived size once; returns the optimiser steps."""
+        """Compute the length of the run and print every derived size once; returns the steps."""
         flags = self.flags
         self.total_steps = num_steps(num_rows, self.global_batch, flags.epochs, flags.max_steps)
         micro = f"{flags.micro_batch_tokens} tokens" if flags.micro_batch_tokens else f"{flags.micro_batch_size}"
+        each = self.global_batch // self.world_size
         self.say(
-            f"{self.script}: {num_rows:,} {what}; {self.global_batch} {what} a step ({flags.mini_batch_size} on each "
-            f"of {self.world_size} devices, {micro} at once); {math.ceil(num_rows / self.global_batch):,} steps an "
+            f"{self.script}: {num_rows:,} {what}; {self.global_batch} {what} a step ({each} on each of "
+            f" {self.world_size} devices, {micro} at once); {math.ceil(num_rows / self.global_batch):,} steps an "
             f"epoch, {self.total_steps:,} steps in all; {self.precision} on {self.device}"
         )
         return self.total_steps
@@ -342,24 +345,38 @@ class Step:
 
     def __init__(self, run: Run, rows: Sequence[int]) -> None:
         self.run, self.global_rows = run, list(rows)
-        self.rows = rows_of_rank(self.global_rows, run.rank, run.world_size)
+        self.weight = 1.0
         self.metrics = run.metrics()
         self.num_tokens = 0
         self.began = time.perf_counter()
 
-    def micro_batches(self, pack, *modules: nn.Module, tokens: Tensor | None = None) -> Iterator[Any]:
+    def micro_batches(
+        self,
+        pack: Callable[[list[int]], Any],
+        *modules: nn.Module,
+        tokens: Tensor | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Iterator[Any]:
         """`pack(rows)` of each micro-batch; gradients are synchronised in the last one only.
 
-        A device without rows gets one micro-batch of the step's first row, whose loss the caller's weights make
-        0 (`Step.weight`), so that all devices take part in the reduction.
+        Args:
+            pack: builds a micro-batch; it runs in a thread with `--num_workers`.
+            modules: what the micro-batches train.
+            tokens: distinct tokens of every row, for `--micro_batch_tokens`.
+            rows: the rows, over all devices, of this optimiser step; those of the run's step unless given.
+
+        A device without rows gets one micro-batch of the step's first row, whose loss `weight` makes 0, so that
+        all devices take part in the reduction.
         """
-        flags = self.run.flags
+        flags, rows = self.run.flags, self.global_rows if rows is None else rows
+        mine = rows_of_rank(rows, self.run.rank, self.run.world_size)
+        self.weight = 1.0 if mine else 0.0
         cuts = cut(
-            self.rows,
+            mine or rows[:1],
             micro_batch_size=flags.micro_batch_size,
             micro_batch_tokens=flags.micro_batch_tokens,
             tokens=tokens,
-        ) or [self.global_rows[:1]]
+        )
         for last, batch in _ahead(pack, cuts, flags.num_workers):
             yield from self._synchronised(batch, modules, last)
 
@@ -369,11 +386,6 @@ class Step:
             return
         with self.run.fabric.no_backward_sync(modules[0], enabled=not last and self.run.world_size > 1):
             yield from self._synchronised(batch, modules[1:], last)
-
-    @property
-    def weight(self) -> float:
-        """0 for the stand-in micro-batch of a device without rows, else 1."""
-        return 1.0 if self.rows else 0.0
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this device's part of the step's loss (already over the step's denominator).
@@ -406,7 +418,7 @@ class Step:
             self._nonfinite(f"the gradient norm{f' of the {name}' if name else ''} is {norm.item()}")
         optimizer.zero_grad(set_to_none=True)
         prefix = f"train/{name}_" if name else "train/"
-        self.metrics.put(f"{prefix}grad_norm", norm.item())
+        self.metrics.add(f"{prefix}grad_norm", norm.item(), 1)
         self.metrics.put(f"{prefix}learning_rate", optimizer.param_groups[0]["lr"])
         return finite
 

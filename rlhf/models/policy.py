@@ -21,7 +21,27 @@ from rlhf.models.forward import (
 from rlhf.trees.forest import Forest
 
 
-class Policy(nn.Module):
+class _Role(nn.Module):
+    """What policy and scorer share: a model, the way it runs over forests, and the parameters that are its own."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, uses_trees: bool, adapter: str | None) -> None:
+        super().__init__()
+        self.model, self.uses_trees, self.adapter = model, uses_trees, adapter
+        self.train(model.training)
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters of this role: where roles share a base, those of its own adapter and head.
+
+        Call it once the role is complete; data-parallel strategies then leave the other roles' parameters alone.
+        """
+        trainable = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if self.adapter != KEEP:
+            trainable = {n: p for n, p in trainable.items() if f".{self.adapter}." in n or n.startswith("head.")}
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters() if name not in trainable]
+        return trainable
+
+
+class Policy(_Role):
     """A causal language model over forests.
 
     Args:
@@ -31,9 +51,7 @@ class Policy(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, uses_trees: bool, adapter: str | None = KEEP) -> None:
-        super().__init__()
-        self.model, self.uses_trees, self.adapter = model, uses_trees, adapter
-        self.train(model.training)
+        super().__init__(model, uses_trees, adapter)
 
     def forward(
         self, forest: Forest, *, temperature: float = 1.0, entropy: bool = False
@@ -99,7 +117,7 @@ def logit_softcap(config) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
-class Scorer(nn.Module):
+class Scorer(_Role):
     """A language model with a scalar head over forests: a reward model, or the critic of PPO.
 
     Args:
@@ -111,9 +129,8 @@ class Scorer(nn.Module):
     def __init__(
         self, model: PreTrainedModel | PeftModel, head: nn.Module, *, uses_trees: bool, adapter: str | None = KEEP
     ) -> None:
-        super().__init__()
-        self.model, self.head, self.uses_trees, self.adapter = model, head, uses_trees, adapter
-        self.train(model.training)
+        super().__init__(model, uses_trees, adapter)
+        self.head = head
 
     def forward(self, forest: Forest, at: Tensor) -> Tensor:
         """Scores at packed positions `at` (N,) of the forest: (N,) float32."""
