@@ -30,7 +30,7 @@ from rlhf.experiment.run import Run, start_experiment
 from rlhf.files import write_json
 from rlhf.flags import BatchFlags, DataFlags, DeviceFlags, ModelFlags, OptimizerFlags, RunFlags, launch
 from rlhf.losses.reward import average_reward_loss, last_token_reward_loss, per_sample_reward_loss
-from rlhf.models.loading import load_scorer, resolve, set_reward_moments, tokenizer_of
+from rlhf.models.loading import load_scorer, resolve, tokenizer_of
 from rlhf.reports import preference_report
 from rlhf.trees.forest import Forest
 from rlhf.trees.pairs import first_difference, halves, pair_tokens, pair_tree
@@ -110,7 +110,8 @@ def main(flags: RMFlags) -> dict:
             return {}
         scores = evaluate(run, scorer, validation, flags.loss_type, flags.eval_iters)
         chosen, rejected = scores["chosen"], scores["rejected"]
-        set_reward_moments(scorer.module, chosen.mean().item(), max(chosen.std(correction=0).item(), 1e-6))
+        scorer.module.reward_mean = chosen.mean().item()
+        scorer.module.reward_scale = max(chosen.std(correction=0).item(), 1e-6)
         values = {
             "val/loss": scores["loss"].mean().item(),
             "val/accuracy": (chosen > rejected).double().mean().item(),

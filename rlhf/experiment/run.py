@@ -160,7 +160,7 @@ class Run:
         each = self.global_batch // self.world_size
         self.say(
             f"{self.script}: {num_rows:,} {what}; {self.global_batch} {what} a step ({each} on each of "
-            f" {self.world_size} devices, {micro} at once); {math.ceil(num_rows / self.global_batch):,} steps an "
+            f"{self.world_size} devices, {micro} at once); {math.ceil(num_rows / self.global_batch):,} steps an "
             f"epoch, {self.total_steps:,} steps in all; {self.precision} on {self.device}"
         )
         return self.total_steps

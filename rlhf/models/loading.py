@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +22,7 @@ from transformers import (
 from rlhf.data.text import load_tokenizer, pad_token_id
 from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
+from rlhf.models.adapters import adapter_base, adapter_has_head, with_lora
 from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
@@ -55,14 +56,6 @@ def resolve(source: str | None, flag: str) -> str:
     )
 
 
-def adapter_base(folder: str) -> str | None:
-    """The base model that an adapter folder names; None for a folder or hub id of a whole model."""
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
 def tokenizer_of(source: str, flags: ModelFlags) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; its pad token is one that is neither EOS nor BOS, if the vocabulary has one."""
     base = adapter_base(source)
@@ -91,7 +84,7 @@ def load_policy(source: str, flags: ModelFlags, *, trainable: bool = True) -> Po
     model: PreTrainedModel | PeftModel = _load(AutoModelForCausalLM, base or source, flags)
     adapter = KEEP
     if trainable and flags.finetune_mode == "lora":
-        model = _with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
+        model = with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
         if base:
             model.load_adapter(source, "reference", is_trainable=False)
             model.set_adapter("default")
@@ -114,7 +107,7 @@ def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_h
         UserError: the model cannot be loaded; it has no trained head and `new_head` is False.
     """
     base = adapter_base(source)
-    is_scorer_adapter = base is not None and _adapter_has_head(source)
+    is_scorer_adapter = base is not None and adapter_has_head(source)
     fresh = new_head or is_scorer_adapter
     model = _load(AutoModelForSequenceClassification, base or source, flags, num_labels=1, needs_head=not fresh)
     if base and not is_scorer_adapter and not new_head:
@@ -124,35 +117,37 @@ def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_h
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     adapter = KEEP
     if trainable and flags.finetune_mode == "lora":
-        model = _with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
+        model = with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
         adapter = "default"
     elif base:
         model = PeftModel.from_pretrained(model, source).merge_and_unload()
     uses_trees = _probe(model, source)
     _prepare(model, flags, trainable)
-    return Scorer(model, unwrapped(model).score, uses_trees=uses_trees, adapter=adapter)
+    scorer = Scorer(model, unwrapped(model).score, uses_trees=uses_trees, adapter=adapter)
+    scorer.reward_mean, scorer.reward_scale = reward_moments(source) if not new_head else (0.0, 1.0)
+    return scorer
 
 
-def reward_moments(scorer: Scorer) -> tuple[float, float]:
-    """(mean, scale) that normalise the scores of a reward model; (0, 1) before they are measured."""
-    config = unwrapped(scorer.model).config
+def reward_moments(source: str) -> tuple[float, float]:
+    """(mean, scale) with which a reward model was saved: reward = (score - mean) / scale; (0, 1) if it has none."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return 0.0, 1.0
     return float(getattr(config, REWARD_MEAN, 0.0)), float(getattr(config, REWARD_SCALE, 1.0))
-
-
-def set_reward_moments(scorer: Scorer, mean: float, scale: float) -> None:
-    """Keep the normalisation with the model: it is saved in its config.json."""
-    config = unwrapped(scorer.model).config
-    setattr(config, REWARD_MEAN, float(mean))
-    setattr(config, REWARD_SCALE, float(scale))
 
 
 def save_model(role: Policy | Scorer, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a Hugging Face folder that loads without this project (with peft, for an adapter)."""
-    model = role.model
+    model, config = role.model, unwrapped(role.model).config
+    if isinstance(role, Scorer):
+        setattr(config, REWARD_MEAN, role.reward_mean)
+        setattr(config, REWARD_SCALE, role.reward_scale)
+    config.pad_token_id = tokenizer.pad_token_id
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         if isinstance(role, Scorer):
-            unwrapped(model).config.save_pretrained(folder)
+            config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -215,63 +210,6 @@ def _why(source: str, error: Exception) -> str:
     if os.path.isdir(source):
         return f"the model folder {source} cannot be read ({first}); write or copy it again"
     return f"the model {source!r} is neither a local folder nor reachable on the hub ({first}); give a folder"
-
-
-def _adapter_has_head(source: str) -> bool:
-    settings = json.loads((Path(source) / "adapter_config.json").read_text(encoding="utf-8"))
-    return settings.get("task_type") == "SEQ_CLS"
-
-
-def _with_lora(model, continued: str | None, flags: ModelFlags, task: TaskType) -> PeftModel:
-    """New adapters, or those of the folder `continued`, trainable, named "default"."""
-    if continued is not None:
-        settings = LoraConfig.from_pretrained(continued)
-        asked = {"r": flags.lora_rank, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
-        for name, value in asked.items():
-            if value is not None and value != getattr(settings, name):
-                flag = "lora_rank" if name == "r" else name
-                raise UserError(
-                    f"--{flag}={value} differs from {getattr(settings, name)} of the adapter {continued} that this "
-                    f"run continues; leave the flag out"
-                )
-        if settings.task_type == task.value:
-            return PeftModel.from_pretrained(model, continued, is_trainable=True)
-        settings.task_type = task
-        settings.modules_to_save = ["score"] if task is TaskType.SEQ_CLS else None
-        peft_model = get_peft_model(model, settings)
-        _copy_adapter(continued, peft_model)
-        return peft_model
-    rank = flags.lora_rank or 8
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if flags.lora_alpha is None else flags.lora_alpha,
-        lora_dropout=flags.lora_dropout or 0.0,
-        target_modules=flags.lora_targets or "all-linear",
-        task_type=task,
-        modules_to_save=["score"] if task is TaskType.SEQ_CLS else None,
-    )
-    if settings.target_modules == "all-linear":
-        settings.target_modules = _linear_layers(model)
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise UserError(f"--lora_targets={flags.lora_targets}: {str(error).splitlines()[0]}") from None
-
-
-def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the trunk's linear layers (also GPT-2's transposed ones), without any head."""
-    from transformers.pytorch_utils import Conv1D
-
-    return sorted({n.split(".")[-1] for n, m in trunk_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))})
-
-
-def _copy_adapter(folder: str, model: PeftModel) -> None:
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    weights = {k: v for k, v in load_peft_weights(folder, device="cpu").items() if "lora_" in k}
-    result = set_peft_model_state_dict(model, weights)
-    if not weights or result.unexpected_keys:
-        raise UserError(f"no adapter weights of {folder} fit this model; give the adapter of the same base model")
 
 
 def _prepare(model: PreTrainedModel | PeftModel, flags: ModelFlags, trainable: bool):

@@ -124,6 +124,9 @@ class Scorer(_Role):
         model: a sequence classifier with one label (or its peft wrapper), or any model whose trunk is shared.
         head: the linear layer from hidden states to one number.
         uses_trees, adapter: as for `Policy`.
+
+    Attributes:
+        reward_mean, reward_scale: a trained reward model's normalisation: reward = (score - mean) / scale.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Scorer(_Role):
     ) -> None:
         super().__init__(model, uses_trees, adapter)
         self.head = head
+        self.reward_mean, self.reward_scale = 0.0, 1.0
 
     def forward(self, forest: Forest, at: Tensor) -> Tensor:
         """Scores at packed positions `at` (N,) of the forest: (N,) float32."""
