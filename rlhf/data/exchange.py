@@ -16,6 +16,7 @@ import torch
 from rlhf.data.packed import BLOCK_ROWS, IGNORE_INDEX, SCHEMAS, PackedRows, pack
 from rlhf.errors import UserError
 
+_ALIGNMENT = 64
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -25,16 +26,28 @@ def write_pt(path: Path, rows: PackedRows, *, ignore_index: int = IGNORE_INDEX) 
     All tensors of the file are views of one storage, so it loads with `torch.load(path, weights_only=True)` in one
     read. `torch.save` itself would need every row in memory. Not atomic: give a temporary path.
     """
-    name = path.name.removesuffix(".pt") or "archive"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(f"{name}/data.pkl", "w", force_zip64=True) as file:
+        with archive.open(_record("data.pkl"), "w", force_zip64=True) as file:
             _write_pickle(file, rows)
-        for record, content in ((".format_version", "1"), ("byteorder", "little"), ("version", "3\n")):
-            archive.writestr(f"{name}/{record}", content)
-        with archive.open(f"{name}/data/0", "w", force_zip64=True) as file:
+        for name, content in ((".format_version", "1"), ("byteorder", "little"), ("version", "3\n")):
+            archive.writestr(_record(name), content)
+        with archive.open(_record("data/0", start=archive.start_dir), "w", force_zip64=True) as file:
             for block in rows.blocks():
                 for values in _int64_columns(block, ignore_index):
                     file.write(values.data)
+
+
+def _record(name: str, *, start: int | None = None) -> zipfile.ZipInfo:
+    """A member of the archive, with a fixed date: equal rows make equal files.
+
+    With `start`, the place where its header will stand, its data are aligned as `torch.save` does it, for mmap.
+    """
+    record = zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+    if start is not None:
+        headers = 30 + len(record.filename) + 20 + 4  # local header, name, zip64 field, head of the padding
+        padding = -(start + headers) % _ALIGNMENT
+        record.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
+    return record
 
 
 def read_pt(path: Path, stage: str, *, ignore_index: int = IGNORE_INDEX) -> list[dict[str, Any]]:
@@ -99,7 +112,7 @@ def _check_types(path: Path, stage: str, i: int, row: Any) -> None:
             if not isinstance(value, str):
                 _refuse(path, i, key, f"a {type(value).__name__}", "a string, which may be empty")
         elif not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype not in _INTEGERS:
-            found = type(value).__name__
+            found = f"a {type(value).__name__}"
             if isinstance(value, torch.Tensor):
                 found = f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
             _refuse(path, i, key, found, "a 1-D int64 tensor")
