@@ -31,7 +31,12 @@ ARCHITECTURES: dict[str, dict] = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
-    "gemma3_text": {**_llama_like, "sliding_window": 5, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        **_llama_like,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "granite": {**_llama_like, "logits_scaling": 2.0},
     "cohere": {**_llama_like, "logit_scale": 0.5},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, **_common},

@@ -1,0 +1,173 @@
+"""Flags: the frozen list of each script, help on every one, and how they are read."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from rlhf import flags as flags_module
+from rlhf.errors import UserError
+from rlhf.flags import BatchFlags, DataFlags, ModelFlags, RunFlags, check_positive, launch, parse
+from rlhf.rlhf_dpo import DPOFlags
+from rlhf.rlhf_rm import RMFlags
+from rlhf.rlhf_sft import SFTFlags
+
+
+def _names(text: str) -> set[str]:
+    return set(text.split())
+
+
+SHARED = _names(
+    """
+    accelerator args_file data_dir devices disable_dropout epochs eval_interval eval_iters experiment_dir
+    finetune_mode gradient_checkpointing gradient_clip_val keep_checkpoints learning_rate log_interval logger
+    lora_alpha lora_dropout lora_rank lora_targets lr_schedule lr_warmup_steps max_steps micro_batch_size
+    micro_batch_tokens mini_batch_size model_name num_nodes num_workers optimizer optimizer_beta1 optimizer_beta2
+    optimizer_eps precision resume save_interval seed shuffle skip_nonfinite_steps strategy trust_remote_code
+    weight_decay
+    """
+)
+GENERATION = {"max_new_tokens", "temperature", "top_k", "top_p", "do_sample"}
+FROZEN = {
+    SFTFlags: SHARED | GENERATION | {"use_targets"},
+    RMFlags: SHARED | {"sft_experiment_dir", "loss_type"},
+    DPOFlags: SHARED
+    | GENERATION
+    | _names("sft_experiment_dir reference loss_type beta label_smoothing reference_free sft_coef max_chosen_drop"),
+}
+"""The names that users have in their shell scripts. Adding one is fine; renaming or removing one breaks them."""
+
+SCRIPTS = pytest.mark.parametrize("script", FROZEN, ids=lambda script: script.__name__)
+
+
+@dataclass(kw_only=True)
+class SomeFlags(DataFlags, ModelFlags, BatchFlags, RunFlags):
+    """A script's flags."""
+
+    rate: float = 0.5
+    """Some rate."""
+    kind: Literal["one", "other"] = "one"
+    """Some kind."""
+
+
+def docstrings_of(script: type) -> dict[str, str]:
+    """The docstring under each field, whichever class declares it; empty where there is none."""
+    found = {}
+    for cls in reversed(script.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                found[node.target.id] = after.value.value if is_text else ""
+    return found
+
+
+@SCRIPTS
+def test_names_are_frozen(script):
+    assert {field.name for field in dataclasses.fields(script)} == FROZEN[script]
+
+
+@SCRIPTS
+def test_help_explains_every_flag(script, capsys):
+    """Each flag stands in `--help` with a sentence, in a group, and the page opens with the module's docstring."""
+    assert set(docstrings_of(script)) == FROZEN[script]
+    assert all(len(explanation.split()) > 0 for explanation in docstrings_of(script).values())
+    with pytest.raises(SystemExit, match="0"):
+        parse(script, ["--help"])
+    page = capsys.readouterr().out
+    for group in ("Data:", "Model:", "Batches and length of the run:", "Devices, all through Lightning Fabric:"):
+        assert f"\n{group}\n" in page
+    for name, explanation in docstrings_of(script).items():
+        assert f"\n  --{name} " in page.replace(", --", " --")
+        assert " ".join(explanation.split()) in " ".join(page.split())
+    assert "CPU: python" in page.split("Data:")[0]
+
+
+@SCRIPTS
+def test_defaults_parse_to_the_dataclass(script):
+    assert parse(script, ["--data_dir=data"]) == script(data_dir="data")
+
+
+def test_values_are_read():
+    """Booleans take a value; dashes and underscores both work; `=` and a space both; a list; the alias."""
+    found = parse(
+        SomeFlags,
+        ["--data-dir", "d", "--shuffle=False", "--mini_batch_size=3", "--model_name_or_path", "m"]
+        + ["--lora_targets", "q", "v", "--rate", "1e-3"],
+    )
+    assert (found.data_dir, found.shuffle, found.mini_batch_size, found.model_name) == ("d", False, 3, "m")
+    assert found.lora_targets == ["q", "v"]
+    assert found.rate == 1e-3
+    assert parse(SomeFlags, ["--data_dir=d", "--model_name=m"]).model_name == "m"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--mini_batch=3"], ["--epochs=many"], ["--kind=third"], ["--unknown=1"], ["--shuffle=perhaps"]]
+)
+def test_what_cannot_be_read_exits_with_status_2(argv, capsys):
+    """An abbreviation, a word for a number, a third choice, an unknown name, an unclear boolean."""
+    with pytest.raises(SystemExit, match="2"):
+        parse(SomeFlags, ["--data_dir=d", *argv])
+    assert "error:" in capsys.readouterr().err
+
+
+def test_args_file_repeats_a_run_and_the_command_line_wins(tmp_path):
+    first = parse(SomeFlags, ["--data_dir=d", "--rate=2", "--lora_targets", "q", "--shuffle=False"])
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(dataclasses.asdict(first)))
+    assert parse(SomeFlags, [f"--args_file={path}"]) == dataclasses.replace(first, args_file=str(path))
+    assert parse(SomeFlags, ["--args-file", str(path), "--rate=3"]).rate == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "no such file"),
+        ("{", "not valid JSON"),
+        ("[1]", "no JSON object"),
+        ('{"data_dir": "d", "rates": 1}', "'rates' is not a flag"),
+        ('{"rate": 1}', "lacks 'data_dir'"),
+    ],
+)
+def test_args_file_mistakes_are_named(tmp_path, content, complaint):
+    path = tmp_path / "args.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        parse(SomeFlags, [f"--args_file={path}"])
+
+
+def test_launch_ends_a_mistake_with_one_sentence_and_status_2(monkeypatch, capsys):
+    def main(flags):
+        raise UserError(f"--rate={flags.rate} is wrong; take another")
+
+    monkeypatch.setattr(flags_module.sys, "argv", ["script", "--data_dir=d", "--rate=7"])
+    with pytest.raises(SystemExit) as ended:
+        launch(main, SomeFlags)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --rate=7.0 is wrong; take another\n"
+
+
+def test_launch_lets_other_errors_through(monkeypatch):
+    """A fault of ours keeps its traceback."""
+
+    def main(flags):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(flags_module.sys, "argv", ["script", "--data_dir=d"])
+    with pytest.raises(ZeroDivisionError):
+        launch(main, SomeFlags)
+
+
+def test_check_positive_names_the_flag():
+    flags = SomeFlags(data_dir="d", max_steps=0)
+    check_positive(flags, "mini_batch_size", "micro_batch_tokens", "absent")
+    with pytest.raises(UserError, match="--max_steps=0 must be above 0"):
+        check_positive(flags, "mini_batch_size", "max_steps")
