@@ -97,11 +97,8 @@ def test_defaults_parse_to_the_dataclass(script):
 
 def test_values_are_read():
     """Booleans take a value; dashes and underscores both work; `=` and a space both; a list; the alias."""
-    found = parse(
-        SomeFlags,
-        ["--data-dir", "d", "--shuffle=False", "--mini_batch_size=3", "--model_name_or_path", "m"]
-        + ["--lora_targets", "q", "v", "--rate", "1e-3"],
-    )
+    argv = "--data-dir d --shuffle=False --mini_batch_size=3 --model_name_or_path m --lora_targets q v --rate 1e-3"
+    found = parse(SomeFlags, argv.split())
     assert (found.data_dir, found.shuffle, found.mini_batch_size, found.model_name) == ("d", False, 3, "m")
     assert found.lora_targets == ["q", "v"]
     assert found.rate == 1e-3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf.trees.forest import Tree
+
 VOCABULARY = 97
 
 _common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -90,3 +92,29 @@ def make_model(
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     return model.to(dtype).eval()
+
+
+def random_tree(
+    generator: torch.Generator, *, max_depth: int = 4, max_children: int = 3, max_length: int = 4, trunk: int = 0
+) -> Tree:
+    """A tree of random shape, up to `max_depth` segments deep, with empty and one-token segments among them.
+
+    `trunk`: least tokens of the root.
+    """
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high + 1, (1,), generator=generator))
+
+    segments, parents = [], []
+
+    def grow(parent: int, depth: int) -> None:
+        length = draw(max_length) + (trunk if parent < 0 else 0)
+        segments.append(torch.randint(VOCABULARY, (length,), generator=generator))
+        parents.append(parent)
+        me = len(segments) - 1
+        if depth < max_depth:
+            for _ in range(draw(max_children)):
+                grow(me, depth + 1)
+
+    grow(-1, 1)
+    return Tree(segments, parents)
