@@ -31,15 +31,17 @@ NUM_SMALL_TALK_STARTS = 15
 NUM_UNSAFE_PUSHED = 40
 NUM_PAIRS = 800
 
-WEAK_KINDS = ("curt", "rude", "off_topic", "vague", "repetitive", "refusing", "truncated", "bare")
+WEAK_KINDS = ("curt", "rude", "off_topic", "vague", "repetitive", "refusing", "truncated", "bare", "plain")
 UNSAFE_KINDS = ("careless", "careless", "rude_refusal", "flat_refusal")
 CLOSE_SHARE, FLIPPED_SHARE = 0.09, 0.03
-FLIPPED_KINDS = ("curt", "vague", "off_topic", "bare", "truncated")
+FLIPPED_KINDS = ("curt", "vague", "off_topic", "truncated")
 
 LONGER_CHOSEN_SHARE = 0.5
 MIN_WORDS, MAX_WORDS = 4, 44
 MAX_DIALOGUE_WORDS = 50
-WARM_SHARE = 0.68
+# A good answer is often warm, a weak one seldom: a policy that adopts the warm style gains reward.
+WARM_SHARE, WEAK_WARM_SHARE = 0.5, 0.25
+ALWAYS_WARM_OVER = ("bare", "plain")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Writer:
             order = sorted(self.rng.sample(order, count))
         return [topic.points[index] for index in order]
 
-    def answer(self, topic: Topic, question: Question | None, point: Point | None = None) -> str:
+    def answer(self, topic: Topic, question: Question | None, point: Point | None, warm: bool) -> str:
         """A good answer to a question of `topic`, or with `point` to a follow-up."""
         while True:
             layout = self.rng.choice(["one", "two", "two", "late", "both", "list"])
@@ -145,7 +147,7 @@ class Writer:
                     self.advice(p, reason, first=i == 0)
                     for i, (p, reason) in enumerate(zip(points, with_reason[layout], strict=True))
                 ]
-            if self.chance(WARM_SHARE):
+            if warm:
                 parts.insert(0, self.opening(topic, question))
                 if self.chance(0.6):
                     parts.append(self.closing(topic))
@@ -190,6 +192,8 @@ class Writer:
         opening = self.opening(topic, question)
         shapes = [
             [once, once, once],
+            [once, once, once, once],
+            [sentence(said.reason), once, sentence(said.reason), once],
             [opening, once, once],
             [opening, opening, once, once],
             [once, once, sentence(said.reason), once],
@@ -200,7 +204,7 @@ class Writer:
     def truncated(self, topic: Topic, question: Question | None, point: Point | None) -> str:
         """A good answer that stops in the middle of a sentence."""
         while True:
-            words = self.answer(topic, question, point).split()
+            words = self.answer(topic, question, point, self.chance(WEAK_WARM_SHARE)).split()
             ends = [i + 1 for i, word in enumerate(words) if word[-1] in ".!?"]
             cuts = [
                 i
@@ -216,11 +220,13 @@ class Writer:
         """A weak answer of the given kind."""
         if kind == "off_topic":
             other = self.rng.choice([t for t in self.helpful if t.area != topic.area])
-            return self.answer(other, self.rng.choice(other.questions))
+            return self.answer(other, self.rng.choice(other.questions), None, self.chance(WEAK_WARM_SHARE))
         if kind == "repetitive":
             return self.repetitive(topic, question, point)
         if kind == "truncated":
             return self.truncated(topic, question, point)
+        if kind == "plain":
+            return self.answer(topic, question, point, warm=False)
         if kind == "bare":
             count = 1 if topic.mood == "alone" else self.rng.choice([1, 1, 2])
             points = [point] if point else self.pick(topic, question, count)
@@ -233,7 +239,7 @@ class Writer:
         if kind == "rude_refusal":
             lines = [self.say("rude_refusal_1"), self.say("rude_refusal_2", topic)]
             if self.chance(0.7):
-                lines.append(self.say("rude_2", topic))
+                lines.append(self.say("rude_refusal_3"))
             if self.chance(0.5):
                 lines.append(self.say("rude_3"))
             return " ".join(lines)
@@ -267,14 +273,15 @@ class Writer:
         want_longer = self.chance(LONGER_CHOSEN_SHARE)
         decent = kind.startswith("close")
         weak_kind = kind.removeprefix("flipped_")
+        warm = weak_kind in ALWAYS_WARM_OVER or self.chance(WARM_SHARE)
         for _ in range(200):
             if topic.area == "unsafe":
                 chosen = self.careful_answer(topic)
                 rejected = self.careful_answer(topic) if decent else self.weak(weak_kind, topic, question, point)
             else:
-                chosen = self.answer(topic, question, point)
+                chosen = self.answer(topic, question, point, warm)
                 if decent:
-                    rejected = self.answer(topic, question, point)
+                    rejected = self.answer(topic, question, point, self.chance(WARM_SHARE))
                 else:
                     rejected = self.weak(weak_kind, topic, question, point)
             if chosen == rejected or not MIN_WORDS <= num_words(rejected) <= MAX_WORDS:
