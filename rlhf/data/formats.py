@@ -68,5 +68,5 @@ def render_prompt(
         try:
             return ChatTemplate(tokenizer).render(messages, generation_prompt=True)
         except UnusableRowError as error:
-            raise UserError(f"{error.reason}; {error.fix}") from error
+            raise UserError(str(error)) from error
     return format.get("template", "{prompt}").replace("{prompt}", last)

@@ -17,6 +17,9 @@ class UnusableRowError(Exception):
         super().__init__(reason, fix)
         self.reason, self.fix, self.bad = reason, fix, bad
 
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.fix}"
+
 
 @dataclass(frozen=True)
 class Response:

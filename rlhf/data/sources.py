@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -11,8 +12,9 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,29 +57,39 @@ class Source:
     def chunks(self, limit: int | None = None) -> Iterator[Chunk]:
         """All rows, at most `limit`, some hundred at a time."""
         left = sys.maxsize if limit is None else limit
-        for label, entries, position in self._streams():
+        for stream in self._streams():
             batch: list[Entry] = []
             size, before = 0, 0
-            for entry in entries:
+            for entry in stream.entries:
                 if left <= 0:
                     break
                 left -= 1
                 batch.append(entry)
                 size += len(entry.content) if isinstance(entry.content, bytes) else 1000
                 if len(batch) >= CHUNK_ROWS or size >= _CHUNK_BYTES:
-                    here = position()
-                    yield Chunk(label, tuple(batch), here - before)
+                    here = max(before, min(stream.position(), stream.total))
+                    yield Chunk(stream.name, tuple(batch), here - before)
                     batch, size, before = [], 0, here
-            yield Chunk(label, tuple(batch), position() - before)
+            yield Chunk(stream.name, tuple(batch), stream.total - before)
 
-    def _streams(self) -> Iterator[tuple[str, Iterator[Entry], Any]]:
+    def _streams(self) -> Iterator[_Stream]:
         if self.dataset is not None:
             done = [0]
-            yield self.name, _hub_entries(self.dataset, done), lambda: done[0]
+            yield _Stream(self.name, _hub_entries(self.dataset, done), lambda: done[0], self.total)
         for path in self.files:
+            size = path.stat().st_size
             with open(path, "rb") as raw:
-                size = path.stat().st_size
-                yield str(path), _file_entries(path, raw), lambda raw=raw, n=size: n if raw.closed else raw.tell()
+                yield _Stream(str(path), _file_entries(path, raw), partial(_position, raw, size), size)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The rows of one file or hub split, and how far of its `total` they have been read."""
+
+    name: str
+    entries: Iterator[Entry]
+    position: Callable[[], int]
+    total: int
 
 
 def open_sources(path: str | None, hub_name: str, hub_folder: str | None = None) -> dict[str, Source]:
@@ -199,7 +211,7 @@ def _file_entries(path: Path, raw: IO[bytes]) -> Iterator[Entry]:
 def _json_entries(file: IO[bytes], *, may_be_list: bool) -> Iterator[Entry]:
     start = file.peek(_READ)  # type: ignore[attr-defined]
     if may_be_list and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        yield from _list_entries(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape"))
+        yield from _list_entries(file)
         return
     for number, line in enumerate(file, start=1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -207,13 +219,14 @@ def _json_entries(file: IO[bytes], *, may_be_list: bool) -> Iterator[Entry]:
             yield Entry(number, line)
 
 
-def _list_entries(file: IO[str]) -> Iterator[Entry]:
+def _list_entries(file: IO[bytes]) -> Iterator[Entry]:
     """The items of a JSON list, one at a time; a syntax error ends the list, since what follows can't be placed."""
     decoder, text, line = json.JSONDecoder(), "", 1
+    characters = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     opened = False
     while True:
-        read = file.read(_READ)
-        text += read
+        read = file.read1(_READ)  # type: ignore[attr-defined]
+        text += characters.decode(read, final=not read)
         position = 0
         while True:
             rest = _BETWEEN.match(text, position).end()
@@ -293,6 +306,10 @@ def _parquet_rows(batch: Any) -> list[Any]:
         if len(batch) == 1:
             return [_broken("a text is not valid UTF-8", "save the file as UTF-8")]
         return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
+
+
+def _position(raw: IO[bytes], size: int) -> int:
+    return size if raw.closed else raw.tell()  # a text wrapper closes its file at the end
 
 
 def _broken(reason: str, fix: str) -> UnusableRowError:
