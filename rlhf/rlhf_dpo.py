@@ -47,7 +47,7 @@ from rlhf.losses.preference import hinge_loss, implicit_rewards, ipo_loss, sigmo
 from rlhf.losses.supervised import nll_loss
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
 from rlhf.trees.forest import Forest
-from rlhf.trees.pairs import halves, pair_tokens, pair_tree
+from rlhf.trees.rows import halves, pair_tokens, pair_tree
 
 
 @dataclass(kw_only=True)

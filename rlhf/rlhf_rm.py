@@ -33,7 +33,7 @@ from rlhf.losses.reward import average_reward_loss, last_token_reward_loss, per_
 from rlhf.models.loading import load_scorer, resolve, tokenizer_of
 from rlhf.reports import preference_report
 from rlhf.trees.forest import Forest
-from rlhf.trees.pairs import first_difference, halves, pair_tokens, pair_tree
+from rlhf.trees.rows import first_difference, halves, pair_tokens, pair_tree
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.data.splits import IGNORE_INDEX, Split
+from rlhf.data.splits import Split
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.run import Run, start_experiment
@@ -35,7 +35,8 @@ from rlhf.flags import (
 )
 from rlhf.losses.supervised import nll_loss
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
-from rlhf.trees.forest import Forest, Tree
+from rlhf.trees.forest import Forest
+from rlhf.trees.rows import finetune_tree
 
 
 @dataclass(kw_only=True)
@@ -48,14 +49,6 @@ class SFTFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlag
     """Loss on the responses only (the rows' `targets`). False: on every token, prompts too."""
 
 
-def tree_of(row: dict, use_targets: bool) -> Tree:
-    """A row as a trunk (the prompt) with one branch; its targets are the tokens that the loss counts."""
-    n = row["prompt_len"]
-    ids = row["input_ids"]
-    counted = row["targets"] != IGNORE_INDEX if use_targets else torch.ones_like(ids, dtype=torch.bool)
-    return Tree([ids[:n], ids[n:]], [-1, 0], [counted[:n], counted[n:]])
-
-
 @torch.no_grad()
 def evaluate(run: Run, policy: torch.nn.Module, split: Split, use_targets: bool) -> dict[str, float]:
     """Mean negative log-likelihood a token, and its exponential, over `--eval_iters` mini-batches."""
@@ -63,7 +56,7 @@ def evaluate(run: Run, policy: torch.nn.Module, split: Split, use_targets: bool)
     metrics = run.metrics()
     metrics.add("val/loss", 0.0, 0.0)
     for rows in run.batches(len(split), run.flags.eval_iters):
-        forest = Forest([tree_of(split[i], use_targets) for i in rows]).to(run.device)
+        forest = Forest([finetune_tree(split[i], use_targets) for i in rows]).to(run.device)
         token_logps, _ = policy(forest)
         metrics.add("val/loss", nll_loss(token_logps).sum(), forest.num_targets)
     policy.train()
@@ -93,7 +86,7 @@ def main(flags: SFTFlags) -> dict:
         return values
 
     def pack(rows: list[int]) -> Forest:
-        return Forest([tree_of(train[i], flags.use_targets) for i in rows])
+        return Forest([finetune_tree(train[i], flags.use_targets) for i in rows])
 
     lengths = train.lengths("input_ids")
     for step in run.steps(len(train)):

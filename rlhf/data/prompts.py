@@ -21,7 +21,7 @@ class Prompts:
     """
 
     def __init__(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.split, self._tokenizer = split, tokenizer
+        self.split, self.tokenizer = split, tokenizer
 
     def __len__(self) -> int:
         return len(self.split)
@@ -38,7 +38,7 @@ class Prompts:
             return _ids(row)[row["prompt_len"] :]
         if not row["reference"]:
             return None
-        return torch.tensor(encode_pair(self._tokenizer, "", row["reference"])[1], dtype=torch.long)
+        return torch.tensor(encode_pair(self.tokenizer, "", row["reference"])[1], dtype=torch.long)
 
 
 def _ids(row: dict) -> Tensor:

@@ -30,6 +30,10 @@ class Metrics:
         """Set a value that is the same on every device (a rate, a norm)."""
         self._values[name] = value
 
+    def get(self, name: str) -> float:
+        """A value that was `put`."""
+        return self._values[name]
+
     def reduce(self) -> dict[str, float]:
         """Means over all devices, in the order in which the names came; names must agree between devices."""
         names = list(self._sums)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from rlhf.data.prompts import Prompts, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.experiment.checkpoints import Checkpoints
@@ -139,6 +140,13 @@ class Run:
                 check_tokenizer(split, tokenizer)
         self._data_info = data_info(self.flags.data_dir)
         return train, validation
+
+    def load_prompts(self, name: str, tokenizer) -> Prompts | None:
+        """The prompts of a split, from whatever stage the data folder has."""
+        with self.fabric.rank_zero_first(local=True):
+            prompts = load_prompts(self.flags.data_dir, name, tokenizer)
+        self._data_info = data_info(self.flags.data_dir)
+        return prompts
 
     def setup(self, module: nn.Module) -> nn.Module:
         """Move a model to this run's device and under its strategy."""
@@ -292,17 +300,28 @@ class Run:
     def metrics(self) -> Metrics:
         return Metrics(self.fabric)
 
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all devices, on every device."""
+        if self.world_size == 1:
+            return items
+        parts: list[list[Any]] = [[]] * self.world_size
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
     def gather_rows(self, table: Tensor) -> Tensor:
         """Put the rows that every device measured under each other: (n_r, C) on device r to (sum n_r, C)."""
         if self.world_size == 1:
             return table.cpu()
-        parts: list[Tensor] = [torch.empty(0)] * self.world_size
-        torch.distributed.all_gather_object(parts, table.cpu())
-        return torch.cat(parts)
+        return torch.cat(self.gather([table.cpu()]))
 
     def progress(self, items: Sequence[Any], what: str) -> Iterator[Any]:
         """Iterate with a progress bar on the first device."""
         yield from tqdm(items, desc=what, disable=self.rank != 0, mininterval=1.0)
+
+    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Lines of samples.jsonl."""
+        if self.logs is not None:
+            self.logs.write_samples(self.step_index, samples)
 
     def log(self, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the logger."""

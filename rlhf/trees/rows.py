@@ -1,13 +1,25 @@
-"""Preference rows as trees: the prompt once, the chosen and the rejected response as its two branches."""
+"""Rows of the data as trees: the prompt is the trunk, each response a branch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlhf.data.splits import IGNORE_INDEX
 from rlhf.trees.forest import Tree
+
+
+def finetune_tree(row: Mapping[str, Any], use_targets: bool = True) -> Tree:
+    """A row of `finetune_*.pt` as a trunk with one branch.
+
+    Its targets are the tokens that the loss counts: those of the row's `targets` that are not ignored, or all.
+    """
+    n, ids = row["prompt_len"], row["input_ids"]
+    counted = row["targets"] != IGNORE_INDEX if use_targets else torch.ones_like(ids, dtype=torch.bool)
+    return Tree([ids[:n], ids[n:]], [-1, 0], [counted[:n], counted[n:]])
 
 
 def pair_tree(row: Mapping[str, Any]) -> Tree:

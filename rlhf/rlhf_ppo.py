@@ -1,0 +1,508 @@
+"""PPO on language models: sample responses, score them, and raise the likelihood of the better ones.
+
+    reward  r_t = -beta * (log pi(y_t) - log ref(y_t)) + [t is the end] * score
+    policy  - min(ratio_t * A_t, clip(ratio_t, 1 - eps, 1 + eps) * A_t),  ratio_t = pi(y_t) / pi_old(y_t)
+    critic  1/2 max((V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2)
+
+(Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ziegler et al. 2019, arXiv 1909.08593, eq. 2), with the details of
+"The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031).
+
+Deviations: (1) losses are means over all tokens of a mini-batch on all devices, not means of micro-batch means.
+(2) Actor and critic are two networks with two optimisers, so `--vf_coeff` scales the critic's gradient only before
+its clipping. (3) The end state has a column where the response is shorter than `--max_new_tokens`, whatever the
+longest response of the batch. (4) The log-ratio is clamped to +-20 before the exponential. (5) Advantages are
+whitened over the whole rollout on all devices unless `--advantage_scope` says otherwise. (6) The critic starts at
+the reward model's normalised score, not at its raw one.
+
+CPU: python rlhf/rlhf_ppo.py --data_dir=data/hh --sft_experiment_dir=experiments/runs/sft \
+     --rm_experiment_dir=experiments/runs/rm --rollout_size=16 --max_steps=50
+GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_ppo.py --data_dir=data/hh \
+     --sft_experiment_dir=experiments/runs/sft --rm_experiment_dir=experiments/runs/rm --rollout_size=64
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.advantages import RunningMoments, end_state_mask, gae, score_missing_eos, token_rewards
+from rlhf.data.prompts import Prompts
+from rlhf.data.splits import Split
+from rlhf.errors import UserError
+from rlhf.evaluation import log_sample
+from rlhf.experience import Experience, Rollout, collect, stack, value_index
+from rlhf.experiment.metrics import Metrics
+from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.run import Run, Step, start_experiment
+from rlhf.flags import (
+    BatchFlags,
+    DataFlags,
+    DeviceFlags,
+    GenerationFlags,
+    ModelFlags,
+    OptimizerFlags,
+    RunFlags,
+    check_positive,
+    launch,
+)
+from rlhf.kl import kl_k1, kl_k2, kl_k3
+from rlhf.losses.policy_gradient import (
+    explained_variance,
+    policy_clipped,
+    ppo_policy_loss,
+    ppo_value_loss,
+    value_clipped,
+)
+from rlhf.losses.supervised import nll_loss
+from rlhf.masked import masked_mean, masked_whiten
+from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.roles import Roles, load_roles
+from rlhf.rewards import RewardModel
+from rlhf.schedules import AdaptiveKL, FixedKL
+from rlhf.trees.batches import cut, epoch_order, rows_of_step
+from rlhf.trees.forest import Forest, Tree
+from rlhf.trees.rows import finetune_tree
+
+MAX_LOG_RATIO = 20.0
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+@dataclass(kw_only=True)
+class PPOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+    """PPO."""
+
+    sft_experiment_dir: str | None = None
+    """Experiment (or model) that the policy starts from, and that the reference stays at; else --model_name."""
+    rm_experiment_dir: str | None = None
+    """Experiment (or model) of the reward model."""
+    actor_learning_rate: float = 1e-6
+    """Peak learning rate of the policy."""
+    critic_learning_rate: float = 3e-6
+    """Peak learning rate of the critic."""
+    critic_init: Literal["reward", "sft", "zero"] = "reward"
+    """The critic starts as the reward model, as the policy with a random head, or with a head of zeros."""
+    critic_warmup_steps: int = 0
+    """First steps that train the critic alone; the policy stays as it is."""
+    rollout_size: int = 64
+    """Responses sampled for one step on one device."""
+    rollout_mini_batch_size: int = 32
+    """Responses that are decoded and scored at once."""
+    ppo_epochs: int = 4
+    """Passes over the rollout in one step, each in a new order."""
+    init_kl_coeff: float = 0.05
+    """beta: weight of the KL penalty; the starting value where it adapts."""
+    adaptive_kl_coeff: bool = False
+    """Move beta so that the KL of a response comes near --target_kl_coeff (Ziegler et al. 2019, section 2.2)."""
+    target_kl_coeff: float = 6.0
+    """KL of a response, in nats, that the adaptive beta aims at."""
+    kl_horizon: float = 10_000.0
+    """Responses over which the adaptive beta moves."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of each token's KL in the reward."""
+    clip_coeff: float = 0.2
+    """eps of the policy's ratio."""
+    value_clip_coeff: float = 0.2
+    """eps of the critic's clip around the old values; 0: plain squared error."""
+    vf_coeff: float = 0.1
+    """Weight of the critic's loss."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    ptx_coef: float = 0.0
+    """Weight of a supervised loss on the `finetune` split beside PPO's (PPO-ptx); its token mean is its own."""
+    gae_gamma: float = 1.0
+    """Discount of a token."""
+    gae_lambd: float = 0.95
+    """lambda of generalised advantage estimation."""
+    normalize_advantages: bool = True
+    """Whiten the advantages."""
+    advantage_scope: Literal["rollout", "rank", "mini_batch"] = "rollout"
+    """Over what they are whitened: the rollout on all devices, on each device apart, or each mini-batch."""
+    advantage_clip_value: float = 0.0
+    """Clip whitened advantages to this size; 0: don't."""
+    normalize_rewards: bool = False
+    """Divide scores by their running standard deviation."""
+    center_rewards: bool = False
+    """With --normalize_rewards, also subtract the running mean."""
+    clip_rewards: bool = False
+    """Clip scores to --reward_clip_value, after the normalisation."""
+    reward_clip_value: float = 5.0
+    """Size that scores are clipped to."""
+    whiten_rewards: bool = False
+    """Divide token rewards by the standard deviation of the rollout, keeping the mean; needs 8 responses."""
+    missing_eos: Literal["replace", "subtract", "keep"] = "replace"
+    """A response without EOS: its score is replaced by --missing_eos_value, lowered by it, or kept."""
+    missing_eos_value: float = -1.0
+    """Score, or penalty, of a response without EOS."""
+    stop_at_eos: bool = True
+    """Sampling ends at EOS. False: samples a fixed length and cuts after the first EOS; the same numbers."""
+    max_ratio: float = 0.0
+    """Skip a mini-batch whose mean ratio is above this; 0: never."""
+    target_update_kl: float = 0.0
+    """End a step's epochs once the policy has moved this far (k2, nats a token) from the one that sampled; 0: never."""
+    eval_temperature: float = 0.01
+    """Temperature at evaluations: near-greedy."""
+    disable_dropout: bool = True
+    """PPO needs one distribution for sampling and training: dropout stays off."""
+    optimizer_eps: float = 1e-5
+    """Epsilon of Adam."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the rates fall: not at all, or to 0 along a line or a cosine, a step at a time."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
+        if self.top_k or self.top_p != 1.0 or not self.do_sample:
+            raise UserError(
+                "PPO trains on the distribution that it samples from: leave --top_k=0, --top_p=1 and --do_sample=True "
+                "(--temperature is applied in training too)"
+            )
+        if not self.disable_dropout:
+            raise UserError("PPO needs dropout off in every role; leave --disable_dropout=True")
+        if self.rollout_size % self.mini_batch_size:
+            nearest = max(1, round(self.rollout_size / self.mini_batch_size)) * self.mini_batch_size
+            raise UserError(
+                f"--rollout_size={self.rollout_size} is no multiple of --mini_batch_size={self.mini_batch_size}; the "
+                f"nearest is {nearest}"
+            )
+        if self.whiten_rewards and self.rollout_size < 8:
+            raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
+        if self.center_rewards and not self.normalize_rewards:
+            raise UserError("--center_rewards has no meaning without --normalize_rewards")
+
+
+@dataclass
+class Targets:
+    """What one rollout trains on, (N, L) each: whitened advantages, the critic's returns, and where they count."""
+
+    advantages: Tensor
+    returns: Tensor
+    value_mask: Tensor
+
+
+@dataclass
+class Batch:
+    """A packed micro-batch: R response tokens and V values: before each token, then the end states that count."""
+
+    forest: Forest
+    value_index: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+
+    def to(self, device: torch.device) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
+
+
+def shaped_scores(rollout: Rollout, flags: PPOFlags, moments: RunningMoments) -> Tensor:
+    """(N,) scores after the treatment of missing EOS, the running normalisation and the clip."""
+    scores = score_missing_eos(rollout.scores, rollout.ended, mode=flags.missing_eos, value=flags.missing_eos_value)
+    if flags.normalize_rewards:
+        moments.update(scores)
+        scores = moments.normalize(scores) if flags.center_rewards else moments.scale(scores)
+    return scores.clamp(-flags.reward_clip_value, flags.reward_clip_value) if flags.clip_rewards else scores
+
+
+def targets_of(rollout: Rollout, scores: Tensor, kl_coef: float, flags: PPOFlags, world_size: int) -> Targets:
+    """Advantages and returns of a rollout: shaped rewards, GAE, whitening of the advantages alone."""
+    mask, value_mask = rollout.response_mask, end_state_mask(rollout.response_mask)
+    token_kl = KL_ESTIMATORS[flags.kl_estimator](rollout.old_logps, rollout.ref_logps)
+    rewards = token_rewards(scores, token_kl, mask, kl_coef, value_mask=value_mask)
+    if flags.whiten_rewards:
+        rewards = masked_whiten(rewards, value_mask, shift_mean=False)
+    advantages, returns = gae(rewards, rollout.values, value_mask, gamma=flags.gae_gamma, lam=flags.gae_lambd)
+    advantages = advantages * mask
+    if flags.normalize_advantages and flags.advantage_scope == "rollout":
+        advantages = masked_whiten(advantages, mask)
+    elif flags.normalize_advantages and flags.advantage_scope == "rank":
+        for rank in range(world_size):
+            own = slice(rank, None, world_size)
+            advantages[own] = masked_whiten(advantages[own], mask[own])
+    if flags.advantage_clip_value:
+        advantages = advantages.clamp(-flags.advantage_clip_value, flags.advantage_clip_value)
+    return Targets(advantages, returns, value_mask)
+
+
+def advantages_of(targets: Targets, rollout: Rollout, rows: list[int], flags: PPOFlags) -> Tensor:
+    """(N, L) advantages; with `--advantage_scope=mini_batch` those of `rows` are whitened among themselves."""
+    if not flags.normalize_advantages or flags.advantage_scope != "mini_batch":
+        return targets.advantages
+    advantages = targets.advantages.clone()
+    advantages[rows] = masked_whiten(advantages[rows], rollout.response_mask[rows])
+    return advantages
+
+
+def pack(experiences: list[Experience], targets: Targets, advantages: Tensor, rows: list[int]) -> Batch:
+    """The micro-batch of these places of the rollout."""
+    chosen = [experiences[i] for i in rows]
+    forest = Forest([Tree.of(e.prompt, e.response) for e in chosen])
+    lengths = [len(e.response) for e in chosen]
+    width = targets.returns.shape[1]
+    has_end = [n < width for n in lengths]
+    ends = [k for k, room in enumerate(has_end) if room]
+    places = list(zip(rows, lengths, strict=True))
+    return Batch(
+        forest=forest,
+        value_index=value_index(forest, torch.tensor(has_end, dtype=torch.bool)),
+        old_logps=torch.cat([e.old_logps for e in chosen]),
+        advantages=torch.cat([advantages[i, :n] for i, n in places]),
+        old_values=torch.cat([*(e.values[:-1] for e in chosen), *(chosen[k].values[-1:] for k in ends)]),
+        returns=torch.cat(
+            [
+                *(targets.returns[i, :n] for i, n in places),
+                *(targets.returns[rows[k], lengths[k] : lengths[k] + 1] for k in ends),
+            ]
+        ),
+    )
+
+
+def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step, ratios: Metrics) -> Tensor:
+    """Summed clipped surrogate of a micro-batch, less its entropy bonus; what it shows goes into the metrics."""
+    token_logps, entropies = actor(batch.forest, temperature=flags.temperature, entropy=True)
+    log_ratio = (token_logps - batch.old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    new_logps = batch.old_logps + log_ratio
+    losses = ppo_policy_loss(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
+    clipped = policy_clipped(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
+    ratio, approx_kl = log_ratio.detach().exp(), kl_k2(new_logps.detach(), batch.old_logps)
+    step.metrics.mean("train/policy_loss", losses, step.weight)
+    step.metrics.mean("train/entropy", entropies, step.weight)
+    step.metrics.mean("train/clip_fraction", clipped, step.weight)
+    step.metrics.mean("train/approx_kl", approx_kl, step.weight)
+    step.metrics.mean("train/ratio", ratio, step.weight)
+    step.metrics.mean("train/ratio_square", ratio.square(), step.weight)
+    ratios.mean("ratio", ratio, step.weight)
+    ratios.mean("approx_kl", approx_kl, step.weight)
+    return losses.sum() - (flags.entropy_coef * entropies.sum() if flags.entropy_coef else 0.0)
+
+
+def value_losses(critic: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step) -> Tensor:
+    """Summed (clipped) squared error of the critic's values."""
+    values = critic(batch.forest, batch.value_index)
+    clip = flags.value_clip_coeff or None
+    losses = ppo_value_loss(values, batch.old_values, batch.returns, clip_coef=clip)
+    step.metrics.mean("train/value_loss", losses, step.weight)
+    if clip is not None:
+        clipped = value_clipped(values, batch.old_values, batch.returns, clip_coef=clip)
+        step.metrics.mean("train/value_clip_fraction", clipped, step.weight)
+    return losses.sum()
+
+
+def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Module, split: Split) -> None:
+    """Add `--ptx_coef` times the supervised loss of the next `mini_batch_size` rows of the finetune split."""
+    size = flags.mini_batch_size * run.world_size
+    rows = rows_of_step(run.step_index, len(split), size, seed=flags.seed, shuffle=flags.shuffle)
+
+    def forest_of(chosen: list[int]) -> Forest:
+        return Forest([finetune_tree(split[i]) for i in chosen])
+
+    num_targets = max(1, forest_of(rows).num_targets)
+    for forest in step.micro_batches(forest_of, actor, rows=rows, tokens=split.lengths("input_ids")):
+        token_logps, _ = actor(forest.to(run.device))
+        losses = nll_loss(token_logps)
+        step.backward(flags.ptx_coef * losses.sum() / num_targets)
+        step.metrics.mean("train/ptx_loss", losses, step.weight)
+
+
+def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targets, kl_coef: float) -> float:
+    """Log what tells a healthy run from a hacked reward; returns the mean KL of a response, in nats."""
+    mask = rollout.response_mask
+    kl = masked_mean(kl_k1(rollout.old_logps, rollout.ref_logps), mask).item()
+    lengths = mask.sum(1).double()
+    response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
+    shape = scores.mean().item()
+    values = {
+        "train/score": rollout.scores.mean().item(),
+        "train/score_std": rollout.scores.std(correction=0).item(),
+        "train/shaped_score": shape,
+        "train/kl_penalty": kl_coef * response_kl,
+        "train/reward": shape - kl_coef * response_kl,
+        "train/kl_per_response": response_kl,
+        "train/kl_per_token": kl,
+        "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
+        "train/kl_coef": kl_coef,
+        "train/response_length": lengths.mean().item(),
+        "train/eos_rate": rollout.ended.double().mean().item(),
+        "train/perplexity": math.exp(-masked_mean(rollout.old_logps, mask).item()),
+        "train/value": masked_mean(rollout.values, mask).item(),
+        "train/return": masked_mean(targets.returns, targets.value_mask).item(),
+        "train/explained_variance": explained_variance(rollout.values, targets.returns, targets.value_mask).item(),
+    }
+    for name, value in values.items():
+        step.metrics.put(name, value)
+    return response_kl
+
+
+@torch.no_grad()
+def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], temperature: float) -> None:
+    """Before the first update, policy and reference are one distribution, sampled and recomputed alike.
+
+    Raises:
+        UserError: they differ by more than rounding; the sentence says between which passes.
+    """
+    exact = run.precision == "32-true"
+    mine = experiences[run.rank :: run.world_size][:4] or experiences[:1]
+    forest = Forest([Tree.of(e.prompt, e.response) for e in mine]).to(run.device)
+    with run.fabric.autocast():
+        recomputed, _ = roles.actor(forest, temperature=temperature)
+    sampled, reference = (torch.cat([getattr(e, n) for e in mine]) for n in ("old_logps", "ref_logps"))
+    recomputed = recomputed.cpu()
+    sampling_gap = (sampled - recomputed).abs().max().item()
+    reference_gap = (reference - recomputed).abs().max().item()
+    if sampling_gap > (1e-3 if exact else 0.5):
+        raise UserError(
+            f"sampling and training disagree on the same policy by {sampling_gap:.2g} nats a token before any update; "
+            f"a model whose forward depends on more than its tokens cannot be trained by PPO"
+        )
+    if reference_gap > (1e-4 if exact else 0.5):
+        raise UserError(
+            f"policy and reference differ by {reference_gap:.2g} nats a token before any update; give both the same "
+            f"--sft_experiment_dir"
+        )
+    kl = torch.cat([e.old_logps - e.ref_logps for e in experiences]).mean().item()
+    if abs(kl) > (1e-5 if exact else 0.05):
+        raise UserError(f"the KL of the first rollout is {kl:.2g} nats a token, not 0; sampling differs from training")
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run, flags: PPOFlags, roles: Roles, reward: RewardModel, prompts: Prompts
+) -> tuple[dict[str, float], list[dict]]:
+    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
+    limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
+    rows = list(range(limit))
+    roles.critic.eval()
+    experiences = collect(run, flags, roles, reward, prompts, rows, flags.eval_temperature)
+    values = {
+        "val/score": sum(e.score for e in experiences) / len(experiences),
+        "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
+        "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
+    }
+    answers = [(e, prompts.answer(rows[e.position])) for e in experiences]
+    answers = [(e, a) for e, a in answers if a is not None]
+    if answers:
+        scores = []
+        with run.fabric.autocast():
+            for batch in cut(range(len(answers)), micro_batch_size=flags.rollout_mini_batch_size):
+                pairs = [answers[i] for i in batch]
+                scores.append(reward([e.prompt for e, _ in pairs], [a for _, a in pairs], [True] * len(pairs)))
+        values["val/reference_score"] = torch.cat(scores).mean().item()
+    decode = prompts.tokenizer.decode
+    samples = [
+        {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}
+        for e in experiences
+    ]
+    return values, samples
+
+
+def main(flags: PPOFlags) -> dict:
+    """Train; returns the last evaluation and the experiment folder."""
+    run = start_experiment(flags, "rlhf_ppo")
+    name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
+    sft, rm = resolve(getattr(flags, name), name), resolve(flags.rm_experiment_dir, "rm_experiment_dir")
+    tokenizer = tokenizer_of(sft, flags)
+    prompts = run.load_prompts("train", tokenizer)
+    validation = run.load_prompts("validation", tokenizer)
+    supervised = run.load_splits("finetune", tokenizer)[0] if flags.ptx_coef else None
+    roles = load_roles(sft, rm, flags.critic_init, flags)
+    reward = RewardModel(roles.reward, tokenizer_of(rm, flags), tokenizer)
+    actor, critic = run.setup(roles.actor), run.setup(roles.critic)
+    for frozen in (roles.reference, roles.reward):
+        run.fabric.to_device(frozen)
+    actor_optimizer = make_optimizer(roles.actor, flags, flags.actor_learning_rate)
+    critic_optimizer = make_optimizer(roles.critic, flags, flags.critic_learning_rate)
+    kl = (
+        AdaptiveKL(flags.init_kl_coeff, target=flags.target_kl_coeff, horizon=flags.kl_horizon)
+        if flags.adaptive_kl_coeff
+        else FixedKL(flags.init_kl_coeff)
+    )
+    score_moments = RunningMoments()
+    run.plan(len(prompts), what="prompts")
+    mini_batch = flags.mini_batch_size * run.world_size
+    mini_batches = flags.rollout_size // flags.mini_batch_size
+    updates = flags.ppo_epochs * mini_batches
+    run.say(
+        f"rlhf_ppo: {run.global_batch} responses a rollout; {mini_batch} responses an "
+        f"optimiser step; {updates} optimiser steps a rollout ({flags.ppo_epochs} epochs of {mini_batches}), "
+        f"{updates * run.total_steps:,} in all; {roles.sharing}; the critic starts as {flags.critic_init}; "
+        f"the reference is {sft}"
+    )
+    models = {"model": roles.actor, "critic": roles.critic}
+    optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
+    extra = run.restore(models, optimizers)
+    if extra:
+        kl.load_state_dict(extra["kl"])
+        score_moments.load_state_dict(extra["score_moments"])
+    run.open()
+
+    def state() -> dict:
+        return {"kl": kl.state_dict(), "score_moments": score_moments.state_dict()}
+
+    def assess() -> dict[str, float]:
+        log_sample(run, roles.actor, tokenizer)
+        if validation is None:
+            return {}
+        values, samples = evaluate(run, flags, roles, reward, validation)
+        run.log_samples(samples)
+        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        return values
+
+    for step in run.steps(len(prompts)):
+        run.evaluate_if_due(assess)
+        run.save_if_due(models, optimizers, tokenizer, state())
+        began = time.perf_counter()
+        experiences = collect(run, flags, roles, reward, prompts, step.global_rows, flags.temperature)
+        if run.step_index == 0:
+            check_first_rollout(run, roles, experiences, flags.temperature)
+        rollout = stack(experiences, flags.max_new_tokens)
+        scores = shaped_scores(rollout, flags, score_moments)
+        targets = targets_of(rollout, scores, kl.value, flags, run.world_size)
+        response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
+        kl.update(response_kl, len(experiences))
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+
+        warming_up = run.step_index < flags.critic_warmup_steps
+        tokens = torch.tensor([e.num_tokens for e in experiences])
+        for epoch in range(flags.ppo_epochs):
+            seed = flags.seed + run.step_index
+            order = epoch_order(len(experiences), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
+            moved = []
+            for start in range(0, len(order), mini_batch):
+                rows = order[start : start + mini_batch]
+                advantages = advantages_of(targets, rollout, rows, flags)
+                num_tokens, num_values = int(rollout.response_mask[rows].sum()), int(targets.value_mask[rows].sum())
+                ratios = run.metrics()
+                for batch in step.micro_batches(
+                    partial(pack, experiences, targets, advantages), actor, critic, rows=rows, tokens=tokens
+                ):
+                    batch.to(run.device)
+                    if not warming_up:
+                        policy_loss = policy_losses(actor, batch, flags, step, ratios)
+                        step.backward(policy_loss / num_tokens)
+                    value_loss = value_losses(critic, batch, flags, step)
+                    step.backward(flags.vf_coeff * value_loss / num_values)
+                    step.num_tokens += batch.forest.num_tokens
+                if flags.ptx_coef and not warming_up:
+                    train_supervised(run, step, flags, actor, supervised)
+                means = ratios.reduce()
+                blown = flags.max_ratio and means.get("ratio", 0.0) > flags.max_ratio
+                step.metrics.add("train/skipped_mini_batches", float(bool(blown)), 1)
+                if blown:
+                    actor_optimizer.zero_grad(set_to_none=True)
+                elif not warming_up:
+                    step.update(actor_optimizer, clip=flags.gradient_clip_val, name="actor")
+                step.update(critic_optimizer, clip=flags.gradient_clip_val, name="critic")
+                moved.append(means.get("approx_kl", 0.0))
+            if flags.target_update_kl and sum(moved) / len(moved) > flags.target_update_kl:
+                break
+        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+    return run.finish(models, optimizers, tokenizer, assess, state())
+
+
+if __name__ == "__main__":
+    launch(main, PPOFlags)
