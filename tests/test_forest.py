@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.trees.forest import Forest, Tree
-from tests.tiny import random_tree
+from tests.trees import random_tree
 
 
 def ids(*values: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from rlhf.trees import masks
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.masks import attention_plan, visible
-from tests.tiny import random_tree
+from tests.trees import random_tree
 
 
 def random_forest(seed: int, **shape: int) -> Forest:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.trees.forest import Tree
-
-VOCABULARY = 97
+from tests.trees import VOCABULARY
 
 _common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _llama_like = {
@@ -69,6 +67,18 @@ ARCHITECTURES: dict[str, dict] = {
     },
     "phi3": {**_llama_like},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 4, **_common},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 5,
+        "max_position_embeddings": 512,
+        **_common,
+    },
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_common},
+    "gpt_oss": {**_llama_like, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, **_common},
 }
 ARCHITECTURES["llama"].pop("head_dim")
@@ -92,29 +102,3 @@ def make_model(
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     return model.to(dtype).eval()
-
-
-def random_tree(
-    generator: torch.Generator, *, max_depth: int = 4, max_children: int = 3, max_length: int = 4, trunk: int = 0
-) -> Tree:
-    """A tree of random shape, up to `max_depth` segments deep, with empty and one-token segments among them.
-
-    `trunk`: least tokens of the root.
-    """
-
-    def draw(high: int) -> int:
-        return int(torch.randint(high + 1, (1,), generator=generator))
-
-    segments, parents = [], []
-
-    def grow(parent: int, depth: int) -> None:
-        length = draw(max_length) + (trunk if parent < 0 else 0)
-        segments.append(torch.randint(VOCABULARY, (length,), generator=generator))
-        parents.append(parent)
-        me = len(segments) - 1
-        if depth < max_depth:
-            for _ in range(draw(max_children)):
-                grow(me, depth + 1)
-
-    grow(-1, 1)
-    return Tree(segments, parents)
