@@ -31,6 +31,31 @@ def accuracy_of(correct: Tensor) -> dict[str, Any]:
     return {"n": n, "accuracy": right / n if n else None, "interval": [low, high]}
 
 
+def interval_of(values: Tensor, z: float = 1.96) -> dict[str, Any]:
+    """`n`, `mean` and the 95 % `interval` of the mean of independent (N,) values (normal approximation).
+
+    >>> interval_of(torch.tensor([1.0, 3.0]))["mean"]
+    2.0
+    """
+    n = values.numel()
+    mean = values.double().mean().item()
+    error = z * (values.double().var() / n).sqrt().item() if n > 1 else math.inf
+    return {"n": n, "mean": mean, "interval": [mean - error, mean + error]}
+
+
+def paired_p_value(differences: Tensor) -> float:
+    """Two-sided p-value of a mean difference of 0, from paired (N,) differences (normal approximation).
+
+    >>> paired_p_value(torch.zeros(4)), round(paired_p_value(torch.tensor([1.0, 1.2, 0.8, 1.1])), 6)
+    (1.0, 0.0)
+    """
+    n = differences.numel()
+    mean, deviation = differences.double().mean().item(), differences.double().std().item() if n > 1 else 0.0
+    if deviation == 0.0:
+        return 1.0 if mean == 0.0 or n < 2 else 0.0
+    return math.erfc(abs(mean) / (deviation / math.sqrt(n)) / math.sqrt(2))
+
+
 def preference_report(
     chosen_scores: Tensor,
     rejected_scores: Tensor,

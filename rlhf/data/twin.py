@@ -153,7 +153,7 @@ def file_hash(path: Path) -> str:
     """128-bit hash of a file's bytes."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 18):
             digest.update(block)
     return digest.hexdigest()
 

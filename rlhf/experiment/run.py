@@ -46,9 +46,8 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
     if not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
-    fabric = _fabric(flags)
+    fabric = make_fabric(flags)
     fabric.launch()
-    transformers.utils.logging.disable_progress_bar()
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     return Run(fabric, flags, script, folder)
@@ -63,7 +62,12 @@ def fast_bf16(accelerator: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _fabric(flags: Any) -> Fabric:
+def make_fabric(flags: Any) -> Fabric:
+    """Lightning Fabric from the device flags, or from what `fabric run` asked for.
+
+    Raises:
+        UserError: a device, strategy or precision that is not supported or not there.
+    """
     accelerator = os.environ.get("LT_ACCELERATOR", flags.accelerator)
     precision = os.environ.get("LT_PRECISION", flags.precision)
     if precision == "auto":
@@ -82,6 +86,7 @@ def _fabric(flags: Any) -> Fabric:
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     for name in ("LT_ACCELERATOR", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
         os.environ.pop(name, None)
+    transformers.utils.logging.disable_progress_bar()
     try:
         return Fabric(
             accelerator=accelerator,
