@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
 
 from rlhf.models.attention import IMPLEMENTATION, UnsupportedAttention
 from rlhf.models.forward import accepted, packed_states, padded_rows, place_in_rows, trunk_of, unwrapped
@@ -28,14 +29,17 @@ def tree_attention_fault(model: PreTrainedModel | PeftModel) -> str | None:
         clause for the user (the model is left as it came).
     """
     hf = unwrapped(model)
-    before, training = hf.config._attn_implementation, model.training
+    before, training, verbosity = hf.config._attn_implementation, model.training, logging.get_verbosity()
     try:
+        # A model that ignores the attention function warns of it at length; the caller says it in one line.
+        logging.set_verbosity_error()
         model.eval()
         fault = _fault(hf)
     finally:
         model.train(training)
         if before is not None:
             hf.set_attn_implementation(before)
+        logging.set_verbosity(verbosity)
     if fault is None:
         hf.set_attn_implementation(IMPLEMENTATION)
     return fault
