@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from rlhf.models.attention import TreeAttention, attend, attending
 from rlhf.models.forward import packed_states, trunk_of, unwrapped, using_adapter
@@ -290,29 +291,37 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
 def _generate_in_transformers(
     policy: Policy, prompts: list[Tensor], sampling: Sampling, num_samples: int, sample_ids: list[int]
 ) -> Samples:
-    """The fallback: one row at a time through `generate`, its noise from the same seeds."""
+    """The fallback: one row at a time through `generate`, its noise from the same seeds.
+
+    The model's own generation settings (a repetition penalty, a least length) are left out, as they are in the loop
+    above: log-probabilities know nothing of them.
+    """
     hf, device = unwrapped(policy.model), next(policy.parameters()).device
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     samples = Samples([], [], torch.zeros(len(sample_ids), dtype=torch.bool))
-    for row, sample in enumerate(sample_ids):
-        prompt = prompts[row // num_samples].to(device)[None]
-        with torch.random.fork_rng():
-            torch.manual_seed((sampling.seed * 1_000_003 + sample) % 2**63)
-            out = hf.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=sampling.do_sample,
-                eos_token_id=list(sampling.stop_ids) or None,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-                use_cache=True,
-                **(options if sampling.do_sample else {}),
-            )
-        response = out.sequences[0, prompt.shape[1] :]
-        log_probabilities = (torch.stack(out.logits, 1)[0].float() / sampling.temperature).log_softmax(-1)
-        samples.response_ids.append(response)
-        samples.token_logps.append(log_probabilities.gather(-1, response[:, None]).squeeze(-1))
-        samples.ended[row] = bool(len(response)) and int(response[-1]) in sampling.stop_ids
+    own_settings, hf.generation_config = hf.generation_config, GenerationConfig()
+    try:
+        for row, sample in enumerate(sample_ids):
+            prompt = prompts[row // num_samples].to(device)[None]
+            with torch.random.fork_rng():
+                torch.manual_seed((sampling.seed * 1_000_003 + sample) % 2**63)
+                out = hf.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=sampling.do_sample,
+                    eos_token_id=list(sampling.stop_ids) or None,
+                    pad_token_id=0,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                    use_cache=True,
+                    **(options if sampling.do_sample else {}),
+                )
+            response = out.sequences[0, prompt.shape[1] :]
+            log_probabilities = (torch.stack(out.logits, 1)[0].float() / sampling.temperature).log_softmax(-1)
+            samples.response_ids.append(response)
+            samples.token_logps.append(log_probabilities.gather(-1, response[:, None]).squeeze(-1))
+            samples.ended[row] = bool(len(response)) and int(response[-1]) in sampling.stop_ids
+    finally:
+        hf.generation_config = own_settings
     return samples
