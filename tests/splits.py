@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -107,3 +110,28 @@ def make_model_dir(
     make_model(architecture, scorer=scorer, seed=seed, **{**ids, **overrides}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+_QUICK = {
+    "accelerator": "cpu",
+    "precision": "32-true",
+    "logger": "none",
+    "mini_batch_size": 4,
+    "max_steps": 2,
+    "eval_interval": 0,
+    "save_interval": 0,
+    "max_new_tokens": 4,
+    "learning_rate": 1e-2,
+}
+
+
+def quick_flags(flags_class: type, data_dir: str, experiment_dir: Path, **given: Any) -> Any:
+    """Flags of a run of two steps on the CPU that logs and saves no more than it must, changed by `given`."""
+    names = {field.name for field in dataclasses.fields(flags_class)}
+    quick = {name: value for name, value in _QUICK.items() if name in names}
+    return flags_class(**{**quick, "data_dir": data_dir, "experiment_dir": str(experiment_dir), **given})
+
+
+def metrics_of(experiment_dir: str | Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(experiment_dir) / "metrics.jsonl").read_text().splitlines()]
