@@ -143,7 +143,10 @@ def save_model(role: Policy | Scorer, tokenizer: PreTrainedTokenizerBase, folder
     if isinstance(role, Scorer):
         setattr(config, REWARD_MEAN, role.reward_mean)
         setattr(config, REWARD_SCALE, role.reward_scale)
-    config.pad_token_id = tokenizer.pad_token_id
+    # transformers' classifier scores the last token that is no pad: with pad = EOS one before the end, silently.
+    # Without a pad it scores the last one, and refuses a batch.
+    ambiguous = isinstance(role, Scorer) and tokenizer.pad_token_id == tokenizer.eos_token_id
+    config.pad_token_id = None if ambiguous else tokenizer.pad_token_id
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         if isinstance(role, Scorer):
