@@ -9,7 +9,7 @@ import torch
 
 from rlhf.trees.batches import cut, epoch_order, num_steps, rows_of_rank, rows_of_step
 from rlhf.trees.forest import Forest
-from rlhf.trees.pairs import first_difference, halves, pair_tokens, pair_tree
+from rlhf.trees.rows import first_difference, halves, pair_tokens, pair_tree
 
 
 def log_normal_lengths(num: int = 400, seed: int = 0) -> torch.Tensor:
