@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -42,7 +50,7 @@ def with_lora(model, continued: str | None, flags: ModelFlags, task: TaskType) -
                     f"run continues; leave the flag out"
                 )
         if settings.task_type == task.value:
-            return PeftModel.from_pretrained(model, continued, is_trainable=True)
+            return attach_adapter(model, continued, trainable=True)
         settings.task_type = task
         settings.modules_to_save = ["score"] if task is TaskType.SEQ_CLS else None
         peft_model = get_peft_model(model, settings)
@@ -65,6 +73,27 @@ def with_lora(model, continued: str | None, flags: ModelFlags, task: TaskType) -
         raise UserError(f"--lora_targets={flags.lora_targets}: {str(error).splitlines()[0]}") from None
 
 
+def attach_adapter(model: PreTrainedModel, folder: str, *, trainable: bool) -> PeftModel:
+    """`model` with the adapter of `folder`, named "default".
+
+    Raises:
+        UserError: the adapter is of another base model, or its folder lacks weights, which peft would make anew.
+    """
+    try:
+        peft_model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+        missing = expected - set(load_peft_weights(folder, device="cpu"))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the adapter {folder} does not fit its base model ({reason}); give its own base") from None
+    except KeyError as error:  # of a weight besides the adapter's matrices
+        missing = set(error.args)
+    if missing:
+        what = "its trained head" if any(".score." in name for name in missing) else min(missing)
+        raise UserError(f"the adapter {folder} lacks {what}; the folder is incomplete: copy it again")
+    return peft_model
+
+
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of the trunk's linear layers (also GPT-2's transposed ones), without any head."""
     return sorted({n.split(".")[-1] for n, m in trunk_of(model).named_modules() if isinstance(m, (nn.Linear, Conv1D))})
@@ -77,6 +106,9 @@ def copy_adapter(folder: str, model: PeftModel, adapter: str = "default") -> Non
         UserError: the folder has no such matrices, or they are of another base model.
     """
     weights = {k: v for k, v in load_peft_weights(folder, device="cpu").items() if "lora_" in k}
-    result = set_peft_model_state_dict(model, weights, adapter_name=adapter)
-    if not weights or result.unexpected_keys:
-        raise UserError(f"no adapter weights of {folder} fit this model; give the adapter of the same base model")
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if set(weights) != {name for name in own if "lora_" in name}:
+        raise UserError(
+            f"the adapter weights of {folder} do not fit this model; give the adapter of the same base model"
+        )
+    set_peft_model_state_dict(model, {**own, **weights}, adapter_name=adapter)

@@ -22,7 +22,7 @@ from transformers import (
 from rlhf.data.text import load_tokenizer, pad_token_id
 from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
-from rlhf.models.adapters import adapter_base, adapter_has_head, with_lora
+from rlhf.models.adapters import adapter_base, adapter_has_head, attach_adapter, with_lora
 from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
@@ -90,7 +90,7 @@ def load_policy(source: str, flags: ModelFlags, *, trainable: bool = True) -> Po
             model.set_adapter("default")
         adapter = "default"
     elif base:
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+        model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
     return Policy(_prepare(model, flags, trainable), uses_trees=_probe(model, source), adapter=adapter)
 
 
@@ -109,9 +109,9 @@ def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_h
     base = adapter_base(source)
     is_scorer_adapter = base is not None and adapter_has_head(source)
     fresh = new_head or is_scorer_adapter
-    model = _load(AutoModelForSequenceClassification, base or source, flags, num_labels=1, needs_head=not fresh)
-    if base and not is_scorer_adapter and not new_head:
+    if base and not fresh:
         raise UserError(f"{source} is an adapter of a language model, not of a reward model: it has no trained head")
+    model = _load(AutoModelForSequenceClassification, base or source, flags, num_labels=1, needs_head=not fresh)
     if fresh:
         head = model.score
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
@@ -120,7 +120,7 @@ def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_h
         model = with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
         adapter = "default"
     elif base:
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+        model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
     uses_trees = _probe(model, source)
     _prepare(model, flags, trainable)
     scorer = Scorer(model, unwrapped(model).score, uses_trees=uses_trees, adapter=adapter)
