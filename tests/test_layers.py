@@ -25,7 +25,6 @@ LAYERS = {
     "rlhf/advantages.py": 0,
     "rlhf/schedules.py": 0,
     "rlhf/reports.py": 0,
-    "rlhf/experience.py": 0,
     "rlhf/losses/*.py": 0,
     "rlhf/flags.py": 1,
     "rlhf/data/*.py": 1,
@@ -35,6 +34,7 @@ LAYERS = {
     "rlhf/rewards.py": 2,
     "rlhf/experiment/*.py": 3,
     "rlhf/evaluation.py": 3,
+    "rlhf/experience.py": 3,
     "rlhf/rlhf_*.py": SCRIPT_LAYER,
 }
 """Every module's layer; a module that matches no row fails the test: give it one."""
