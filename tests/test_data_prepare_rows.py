@@ -13,7 +13,7 @@ from data_prep.helpful_harmless import prepare_data as dialogues
 from data_prep.summarization import prepare_data as summaries
 from rlhf.data.packed import SCHEMAS
 from rlhf.data.splits import IGNORE_INDEX, load_split
-from rlhf.data.text import encode_pair, load_tokenizer
+from rlhf.data.text import encode_pair, encode_prompt, load_tokenizer
 from rlhf.errors import UserError
 from tests.data_makers import all_rows, dialogue_rows, run, save_tokenizers, some_words
 from tests.tiny_tokenizers import EOS, make_tokenizer
@@ -121,6 +121,18 @@ def test_truncation_keeps_the_prompts_tail_and_adds_no_eos(tmp_path, tokenizers,
     cuts = sum((collections.Counter(split["cut"]) for split in entry["counts"].values()), collections.Counter())
     assert cuts["prompt cut"] > 10
     assert cuts["response cut"] > 10
+
+
+def test_a_plain_prompt_is_cut_at_its_start(tmp_path, tokenizers):
+    """C12, C8: of a text without turns, --truncate keeps the last tokens, behind one BOS."""
+    rows = [{"prompt": f"{i}" + " one two" * 30 + f" {i}?", "completion": " six"} for i in range(12)]
+    tokenizer = load_tokenizer(tokenizers[True])
+    limits = {"max_length": 30, "max_prompt_length": 20, "truncate": True}
+    folder, _ = run(custom, tmp_path, tokenizers, rows, **limits)
+    found = sorted(row["input_ids"][: row["prompt_len"]].tolist() for row in all_rows(folder, "finetune"))
+    whole = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    assert found == sorted(ids[:1] + ids[-19:] for ids in whole)
+    assert {len(ids) for ids in found} == {20}
 
 
 def test_pairs_that_become_equal_when_cut_are_dropped(tmp_path, tokenizers):

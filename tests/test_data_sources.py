@@ -76,8 +76,8 @@ def test_json_lines_may_be_called_json_and_start_with_a_mark(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n"text"\n[2]\n')
     assert [(entry.line, decode(entry)) for entry in entries(path)] == [(1, {"a": 1}), (3, "text"), (4, [2])]
-    path.write_bytes(b'\xef\xbb\xbf [\n{"a": 1},\n "text"\n]\n')
-    assert [(entry.line, decode(entry)) for entry in entries(path)] == [(2, {"a": 1}), (3, "text")]
+    path.write_bytes(b'\xef\xbb\xbf [\n{"a":\n 1},\n "text"\n]\n')
+    assert [(entry.line, decode(entry)) for entry in entries(path)] == [(2, {"a": 1}), (4, "text")]
 
 
 def test_lines_of_csv_rows_count_line_feeds_inside_cells(tmp_path):

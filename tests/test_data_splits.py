@@ -359,7 +359,8 @@ def test_a_model_with_another_tokenizer_is_refused(tmp_path):
     (tmp_path / "args.json").write_text(json.dumps({"stages": {"finetune": entry}}))
     split = load_split(tmp_path, "finetune", "train")
     check_tokenizer(split, tokenizer)
-    with pytest.raises(UserError, match=r"'tiny/one'.*'tiny/other'.*prepare the data again"):
+    other.chat_template = tokenizer.chat_template
+    with pytest.raises(UserError, match=r"tokenised by 'tiny/one'.*'tiny/other'.*prepare the data again"):
         check_tokenizer(split, other)
     tokenizer.chat_template = "another"
     with pytest.raises(UserError, match=r"chat template of 'tiny/one'"):
