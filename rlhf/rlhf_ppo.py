@@ -224,17 +224,17 @@ def targets_of(rollout: Rollout, scores: Tensor, kl_coef: float, flags: PPOFlags
         for rank in range(world_size):
             own = slice(rank, None, world_size)
             advantages[own] = masked_whiten(advantages[own], mask[own])
-    if flags.advantage_clip_value:
-        advantages = advantages.clamp(-flags.advantage_clip_value, flags.advantage_clip_value)
     return Targets(advantages, returns, value_mask)
 
 
 def advantages_of(targets: Targets, rollout: Rollout, rows: list[int], flags: PPOFlags) -> Tensor:
-    """(N, L) advantages; with `--advantage_scope=mini_batch` those of `rows` are whitened among themselves."""
-    if not flags.normalize_advantages or flags.advantage_scope != "mini_batch":
-        return targets.advantages
-    advantages = targets.advantages.clone()
-    advantages[rows] = masked_whiten(advantages[rows], rollout.response_mask[rows])
+    """(N, L) advantages, clipped; with `--advantage_scope=mini_batch` those of `rows` are first whitened together."""
+    advantages = targets.advantages
+    if flags.normalize_advantages and flags.advantage_scope == "mini_batch":
+        advantages = advantages.clone()
+        advantages[rows] = masked_whiten(advantages[rows], rollout.response_mask[rows])
+    if flags.advantage_clip_value:
+        advantages = advantages.clamp(-flags.advantage_clip_value, flags.advantage_clip_value)
     return advantages
 
 
@@ -275,7 +275,8 @@ def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
     step.metrics.mean("train/clip_fraction", clipped, step.weight)
     step.metrics.mean("train/approx_kl", approx_kl, step.weight)
     step.metrics.mean("train/ratio", ratio, step.weight)
-    step.metrics.mean("train/ratio_square", ratio.square(), step.weight)
+    # Under the policy that sampled, the ratio's mean is exactly 1: its variance is the mean square of ratio - 1.
+    step.metrics.mean("train/ratio_variance", (ratio - 1).square(), step.weight)
     ratios.mean("ratio", ratio, step.weight)
     ratios.mean("approx_kl", approx_kl, step.weight)
     return losses.sum() - (flags.entropy_coef * entropies.sum() if flags.entropy_coef else 0.0)
@@ -309,19 +310,23 @@ def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Modu
         step.metrics.mean("train/ptx_loss", losses, step.weight)
 
 
-def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targets, kl_coef: float) -> float:
+def measure_rollout(
+    step: Step, rollout: Rollout, scores: Tensor, targets: Targets, flags: PPOFlags, kl_coef: float
+) -> float:
     """Log what tells a healthy run from a hacked reward; returns the mean KL of a response, in nats."""
     mask = rollout.response_mask
     kl = masked_mean(kl_k1(rollout.old_logps, rollout.ref_logps), mask).item()
     lengths = mask.sum(1).double()
     response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
+    token_kl = KL_ESTIMATORS[flags.kl_estimator](rollout.old_logps, rollout.ref_logps)
+    penalty = kl_coef * (token_kl * mask).sum(1).mean().item()
     shape = scores.mean().item()
     values = {
         "train/score": rollout.scores.mean().item(),
         "train/score_std": rollout.scores.std(correction=0).item(),
         "train/shaped_score": shape,
-        "train/kl_penalty": kl_coef * response_kl,
-        "train/reward": shape - kl_coef * response_kl,
+        "train/kl_penalty": penalty,
+        "train/reward": shape - penalty,
         "train/kl_per_response": response_kl,
         "train/kl_per_token": kl,
         "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
@@ -462,7 +467,7 @@ def main(flags: PPOFlags) -> dict:
         rollout = stack(experiences, flags.max_new_tokens)
         scores = shaped_scores(rollout, flags, score_moments)
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size)
-        response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
+        response_kl = measure_rollout(step, rollout, scores, targets, flags, kl.value)
         kl.update(response_kl, len(experiences))
         step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
 

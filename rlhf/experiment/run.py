@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from rlhf.allocator import keep_freed_memory
 from rlhf.data.prompts import Prompts, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
 from rlhf.errors import UserError
@@ -87,6 +88,7 @@ def make_fabric(flags: Any) -> Fabric:
     for name in ("LT_ACCELERATOR", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
         os.environ.pop(name, None)
     transformers.utils.logging.disable_progress_bar()
+    keep_freed_memory()
     try:
         return Fabric(
             accelerator=accelerator,
