@@ -200,6 +200,16 @@ class Batch:
             setattr(self, name, value.to(device))
 
 
+def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> list[int]:
+    """Responses of each step's rollout: the last of an epoch is short where the prompts don't divide.
+
+    >>> rollout_sizes(10, 4, num_steps=5)
+    [4, 4, 2, 4, 4]
+    """
+    windows = math.ceil(num_prompts / global_batch)
+    return [min(global_batch, num_prompts - step % windows * global_batch) for step in range(num_steps)]
+
+
 def shaped_scores(rollout: Rollout, flags: PPOFlags, moments: RunningMoments) -> Tensor:
     """(N,) scores after the treatment of missing EOS, the running normalisation and the clip."""
     scores = score_missing_eos(rollout.scores, rollout.ended, mode=flags.missing_eos, value=flags.missing_eos_value)
@@ -416,6 +426,11 @@ def main(flags: PPOFlags) -> dict:
     supervised = run.load_splits("finetune", tokenizer)[0] if flags.ptx_coef else None
     roles = load_roles(sft, rm, flags.critic_init, flags)
     reward = RewardModel(roles.reward, tokenizer_of(rm, flags), tokenizer)
+    if flags.critic_init == "reward" and not reward.same_tokenizer:
+        raise UserError(
+            f"the reward model {rm} and the policy {sft} have different tokenizers, so the critic, which reads the "
+            f"policy's tokens, can't start as the reward model; set --critic_init=sft or zero"
+        )
     actor, critic = run.setup(roles.actor), run.setup(roles.critic)
     for frozen in (roles.reference, roles.reward):
         run.fabric.to_device(frozen)
@@ -431,10 +446,17 @@ def main(flags: PPOFlags) -> dict:
     mini_batch = flags.mini_batch_size * run.world_size
     mini_batches = flags.rollout_size // flags.mini_batch_size
     updates = flags.ppo_epochs * mini_batches
+    sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
+    all_updates = flags.ppo_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    if flags.whiten_rewards and min(sizes) < 8:
+        raise UserError(
+            f"--whiten_rewards needs 8 responses, and the last rollout of an epoch has {min(sizes)} (of "
+            f"{len(prompts)} prompts); take another --rollout_size"
+        )
     run.say(
         f"rlhf_ppo: {run.global_batch} responses a rollout; {mini_batch} responses an "
         f"optimiser step; {updates} optimiser steps a rollout ({flags.ppo_epochs} epochs of {mini_batches}), "
-        f"{updates * run.total_steps:,} in all; {roles.sharing}; the critic starts as {flags.critic_init}; "
+        f"{all_updates:,} in all; {roles.sharing}; the critic starts as {flags.critic_init}; "
         f"the reference is {sft}"
     )
     models = {"model": roles.actor, "critic": roles.critic}

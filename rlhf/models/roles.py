@@ -77,8 +77,8 @@ def load_roles(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags
             parameter.requires_grad_(".default." in name or ".critic." in name)
         role.train()
     critic.head.requires_grad_(True)
-    set_dropout_off(actor)
-    set_dropout_off(critic)
+    for role in (actor, reference, critic, scorer):
+        set_dropout_off(role)
     copies = len({id(unwrapped(role.model)) for role in (actor, reference, critic, scorer)})
     return Roles(actor, reference, critic, scorer, f"four roles on {copies} {'copy' if copies == 1 else 'copies'}")
 
@@ -97,7 +97,7 @@ def _separate(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags)
     # The critic's own head, with a bias, takes the place of the classifier's.
     unwrapped(critic.model).score = head
     critic.head = head
-    for role in (actor, critic):
+    for role in (actor, reference, critic, scorer):
         set_dropout_off(role)
     return Roles(actor, reference, critic, scorer, "four models, one for each role")
 
