@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
@@ -45,6 +47,10 @@ FREE_TO_CHANGE = {
     "strategy",
 }
 """Flags that a resumed run may change: none of them changes its weights but by rounding."""
+
+
+BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+"""What reading a file raises that was cut, emptied or overwritten."""
 
 
 class Checkpoints:
@@ -113,8 +119,9 @@ class Checkpoints:
                     for name in optimizers
                 }
                 weights = {name: _read(folder, name, role) for name, role in models.items()}
-            except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-                print(f"note: the checkpoint {folder} is broken ({type(error).__name__}: {error}); trying an older one")
+            except BROKEN as error:
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                print(f"note: the checkpoint {folder} is broken ({reason}); trying an older one")
                 continue
             _check_flags(flags, state["flags"], folder)
             for name, role in models.items():
