@@ -137,7 +137,7 @@ def test_r9_length_correlation_by_hand():
 
 
 def test_r9_best_of_two_by_hand():
-    """R9: scores 1 -1 and -1 1 have deviation 1; the better of two is at 1, a random one at 0; once it is the chosen."""
+    """R9: scores 1 -1 and -1 1 have deviation 1; the better of two is at 1, a random one at 0."""
     report = report_of([1.0, -1.0], [-1.0, 1.0])
     assert report["best_of_2_gain"] == pytest.approx(1.0)
     assert report["best_of_2_preferred"] == 0.5
