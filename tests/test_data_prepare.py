@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gc
 import json
 import os
+import pickle
+import re
 import sys
 import tracemalloc
 
@@ -17,7 +20,11 @@ from data_prep.custom import prepare_data as custom
 from data_prep.helpful_harmless import prepare_data as dialogues
 from data_prep.summarization import prepare_data as summaries
 from rlhf.data import packed, prepare, sources
+from rlhf.data.custom import CustomParser
+from rlhf.data.encode import Limits, RowEncoder
 from rlhf.data.packed import SCHEMAS, SPLIT_NAMES
+from rlhf.data.rows import UnusableRowError
+from rlhf.data.sources import Chunk, Entry
 from rlhf.data.splits import data_info, load_split
 from rlhf.data.text import encode_pair, encode_prompt, load_tokenizer, tokenizer_fingerprint
 from rlhf.errors import UserError
@@ -59,13 +66,38 @@ def test_the_command_lines_of_the_field_work(tmp_path, tokenizers, monkeypatch, 
 
 
 @pytest.mark.parametrize("module", [dialogues, summaries, custom])
-def test_every_flag_has_its_help(module):
-    """C29, C21: flags are explained, and their defaults are what the README says."""
-    flags = parse(module.PrepareFlags, ["--destination_dir=a", "--tokenizer_name=b"])
-    assert (flags.max_length, flags.max_prompt_length, flags.validation_percentage) == (512, 256, 0.1)
-    for cls in module.PrepareFlags.__mro__[:-1]:
-        source = cls.__doc__
-        assert source
+def test_every_flag_has_its_help(module, capsys):
+    """C29, C21: each flag is explained."""
+    with pytest.raises(SystemExit) as caught:
+        parse(module.PrepareFlags, ["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(module.PrepareFlags):
+        assert re.search(rf"--{field.name} [A-Z][a-z]+ ", shown), field.name
+
+
+@pytest.mark.parametrize("module", [dialogues, summaries])
+@pytest.mark.parametrize("stage", ["finetune", "preference"])
+def test_the_shipped_samples(tmp_path, tokenizers, module, stage):
+    """--dataset_path=sample is the file beside the script, in the schema of the hub; every row of it is usable."""
+    limits = {"max_length": 3000, "max_prompt_length": 2000}
+    folder, entry = run(module, tmp_path, tokenizers, dataset_path="sample", stage=stage, limit=80, **limits)
+    assert sum(split["kept"] for split in entry["counts"].values()) == 80
+    assert sorted(os.listdir(folder)) == files(stage)
+
+
+def test_what_goes_to_another_process_survives_the_way(tokenizers):
+    """C22: where processes are not forked, the encoder, the rows and the result are sent."""
+    tokenizer = load_tokenizer(tokenizers[True])
+    broken = UnusableRowError("cut", "mend it")
+    chunk = Chunk("a.jsonl", (Entry(1, "Hi"), Entry(2, b'"Ho"'), Entry(3, broken), Entry(4, {"messages": []})), 9)
+    encoder = RowEncoder("prompts", tokenizer, CustomParser("prompts", tokenizer), Limits(50, 40, None, False), 0)
+    here = encoder(chunk, 0)
+    there = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(encoder))(pickle.loads(pickle.dumps(chunk)), 0)))
+    assert there.skipped == here.skipped
+    assert [row["reason"] for row in there.skipped] == ["cut", "'messages' is no list of messages"]
+    assert there.rows.hashes().tolist() == here.rows.hashes().tolist()
+    assert len(there.rows) == 2
 
 
 def test_all_stages_in_one_folder(tmp_path, tokenizers):
@@ -201,6 +233,10 @@ def test_a_file_without_a_usable_row_is_an_error(tmp_path, tokenizers):
         run(dialogues, tmp_path, tokenizers, dialogue_rows(9), max_prompt_length=3)
     with pytest.raises(UserError, match="the source holds no rows"):
         run(dialogues, tmp_path, tokenizers, [])
+    write_rows(tmp_path / "source" / "train" / "a.jsonl", dialogue_rows(50))
+    write_rows(tmp_path / "source" / "train" / "b.jsonl", rows[:2])
+    with pytest.raises(UserError, match=r"none of the 2 rows of .*b\.jsonl can be used"):
+        run(dialogues, tmp_path, tokenizers, dataset_path=str(tmp_path / "source" / "train"))
     assert sorted(os.listdir(tmp_path)) == ["source"]
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.data.custom import CustomParser
-from rlhf.data.prepare import PrepareFlags as SharedFlags
 from rlhf.data.prepare import prepare
+from rlhf.data.prepare_flags import PrepareFlags as SharedFlags
 from rlhf.errors import UserError
 from rlhf.flags import launch
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.dialogue import SummaryParser
-from rlhf.data.prepare import PrepareFlags as SharedFlags
 from rlhf.data.prepare import prepare
+from rlhf.data.prepare_flags import PrepareFlags as SharedFlags
 from rlhf.flags import launch
 
 HUB_NAMES = {

@@ -58,6 +58,7 @@ class Encoded:
     """Texts also tokenised in one piece, and those whose ids differ."""
     example: tuple[int, str, list[int]] | None
     """Key, text and ids of the prompt with the lowest key."""
+    file: str
     num_read: int
     num_tokens: int
     progress: int
@@ -90,7 +91,8 @@ class RowEncoder:
         """Encode the rows of `chunk`, of which the first is row `first_row` of its source."""
         result = Encoded(
             pack(self.stage, []), *(np.zeros(0) for _ in range(3)), collections.defaultdict(list), [],
-            collections.defaultdict(list), collections.Counter(), (0, 0), None, len(chunk.entries), 0, chunk.progress,
+            collections.defaultdict(list), collections.Counter(), (0, 0), None, chunk.file, len(chunk.entries), 0,
+            chunk.progress,
         )  # fmt: skip
         rows: list[tuple[int, int, Row]] = []
         for i, entry in enumerate(chunk.entries):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.encode import Encoded, Limits, RowEncoder, encode_all
 from rlhf.data.exchange import write_pt
 from rlhf.data.formats import format_of
-from rlhf.data.packed import IGNORE_INDEX, SPLIT_NAMES
+from rlhf.data.packed import SPLIT_NAMES
+from rlhf.data.prepare_flags import PrepareFlags, check_flags
 from rlhf.data.report import LengthCounts, Progress, counts_table
 from rlhf.data.rows import Row
 from rlhf.data.sources import CHUNK_ROWS, Source, choose_splits, open_sources
@@ -36,93 +37,11 @@ from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
 from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
 from rlhf.files import write_json
-from rlhf.flags import check_positive
 
 _POOL_PAYS_BYTES = 4 << 20
 _EARLY_CHECK_ROWS = 1000
 
 Parse = Callable[[Any], Row]
-
-
-@dataclass(kw_only=True)
-class OutputFlags:
-    """What to write."""
-
-    destination_dir: str
-    """Folder that receives the splits. Preparing another stage into the same folder adds to it."""
-    tokenizer_name: str
-    """Tokenizer of the model that will be trained: a hub id or a local folder."""
-    stage: Literal["finetune", "preference", "feedback", "prompts"] = "finetune"
-    """What the rows are for: responses to imitate, chosen and rejected pairs, responses labelled good or bad, or
-    prompts to sample from."""
-    validation_percentage: float = 0.1
-    """Share of the prompts, from 0 to 1, that is held out for validation, where the data has no such split."""
-    test_percentage: float = 0.1
-    """Share of the prompts, from 0 to 1, that is held out for testing, where the data has no such split."""
-    shuffle: bool = True
-    """Shuffle the rows of each split. False: in the order of the source."""
-    seed: int = 42
-    """Decides which prompts are held out (the same ones for every stage), and the shuffled order."""
-    ignore_index: int = IGNORE_INDEX
-    """Value in the targets of finetune rows where nothing is learnt."""
-
-
-@dataclass(kw_only=True)
-class SourceFlags:
-    """Where the rows come from."""
-
-    dataset_path: str | None = None
-    """Local file, or folder of files named train…, validation…, test…: .json, .jsonl, .csv or .parquet, each also
-    .gz. The word sample stands for the sample that comes with the script. Unset: the hub."""
-    dataset_name: str | None = None
-    """Data set of the hub."""
-    dataset_subset: str | None = None
-    """Folder inside the data set of the hub, such as harmless-base."""
-    train_split: str = "auto"
-    """Name of the training split in the data set; auto: train."""
-    validation_split: str = "auto"
-    """Name of the validation split; auto: the usual names; none: cut from the training split."""
-    test_split: str = "auto"
-    """Name of the test split; auto: the usual name; none: cut from the training split."""
-    limit: int | None = None
-    """Read at most this many rows of each split."""
-
-
-@dataclass(kw_only=True)
-class RowFlags:
-    """Which rows are kept."""
-
-    max_length: int = 512
-    """Most tokens of prompt and response together, EOS included."""
-    max_prompt_length: int = 256
-    """Most tokens of a prompt."""
-    max_response_length: int | None = None
-    """Most tokens of a response, EOS included; no limit of its own unless set."""
-    truncate: bool = False
-    """Cut what is over a limit (prompts at the start, responses at the end, without EOS) instead of dropping it."""
-    remove_same_inputs: bool = False
-    """Keep only the first row of each prompt."""
-    remove_same_responses: bool = True
-    """Drop pairs whose responses are equal."""
-    on_bad_row: Literal["skip", "error"] = "skip"
-    """What a broken row does: it is skipped and reported, or it stops the run."""
-    max_bad_fraction: float = 0.1
-    """Stop if more than this part of the rows is broken."""
-
-
-@dataclass(kw_only=True)
-class WorkFlags:
-    """How the work is done."""
-
-    num_workers: int = 0
-    """Tokenising processes; 0: one for each core, or none where the data is small."""
-    trust_remote_code: bool = False
-    """Run tokenizer code that comes with the checkpoint."""
-
-
-@dataclass(kw_only=True)
-class PrepareFlags(WorkFlags, RowFlags, SourceFlags, OutputFlags):
-    """Data preparation: the flags that all its scripts share."""
 
 
 @dataclass
@@ -138,6 +57,8 @@ class _Tally:
     num_skipped: int = 0
     num_tokens: int = 0
     first_bad: dict[str, Any] | None = None
+    files: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Of each file: rows read, and rows broken."""
 
 
 def prepare(
@@ -155,11 +76,11 @@ def prepare(
     Raises:
         UserError: a flag, source, tokenizer or row that can't be used; nothing is written then.
     """
-    _check(flags)
+    check_flags(flags)
     destination = Path(flags.destination_dir).expanduser()
     if destination.exists() and not destination.is_dir():
         raise UserError(f"--destination_dir {destination} is a file; give a folder")
-    info = data_info(destination)
+    data_info(destination)  # an unreadable args.json is better found now than after the work
     tokenizer = load_tokenizer(flags.tokenizer_name, trust_remote_code=flags.trust_remote_code)
     sources = choose_splits(
         open_sources(_local_path(flags, sample), flags.dataset_name or "", flags.dataset_subset),
@@ -205,6 +126,7 @@ def prepare(
             "lengths": tally.lengths.summary(),
             "files": files,
         }
+        info = data_info(destination)
         info["stages"][flags.stage] = entry
         write_json(out / "args.json", info)
         _move_in(out, destination, flags.stage)
@@ -212,25 +134,6 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
     _print_end(destination, tally, seconds, num_workers)
     return entry
-
-
-def _check(flags: PrepareFlags) -> None:
-    check_positive(flags, "max_length", "max_prompt_length", "max_response_length", "limit")
-    for name in ("validation_percentage", "test_percentage", "max_bad_fraction"):
-        value = getattr(flags, name)
-        if not 0 <= value <= 1:
-            raise UserError(f"--{name}={value} is a share from 0 to 1; a tenth is 0.1")
-    if flags.validation_percentage + flags.test_percentage >= 1:
-        raise UserError("--validation_percentage and --test_percentage together leave nothing to train on")
-    if flags.num_workers < 0:
-        raise UserError(f"--num_workers={flags.num_workers} can't be below 0; 0 takes every core")
-    if flags.max_prompt_length >= flags.max_length and flags.stage != "prompts":
-        raise UserError(
-            f"--max_prompt_length={flags.max_prompt_length} leaves no room for a response within "
-            f"--max_length={flags.max_length}; make it smaller"
-        )
-    if flags.dataset_path is None and not flags.dataset_name:
-        raise UserError("no data given; pass --dataset_path with a file or folder, or --dataset_name")
 
 
 def _local_path(flags: PrepareFlags, sample: Path | None) -> str | None:
@@ -280,6 +183,9 @@ def _encode_sources(
     finally:
         progress.close()
     _stop_if_bad(flags, tally)
+    for file, (num_read, num_bad) in tally.files.items():
+        if num_read == num_bad > 0 and len(tally.files) > 1:
+            raise UserError(f"none of the {num_read:,} rows of {file} can be used; mend the file or take it away")
     return spooled
 
 
@@ -288,6 +194,9 @@ def _count(flags: PrepareFlags, source: str, encoded: Encoded, tally: _Tally) ->
     if bad and flags.on_bad_row == "error":
         raise UserError(_place(bad[0]) + ", or pass --on_bad_row=skip")
     tally.first_bad = tally.first_bad or (bad[0] if bad else None)
+    of_file = tally.files.setdefault(encoded.file, [0, 0])
+    of_file[0] += encoded.num_read
+    of_file[1] += len(bad)
     tally.num_bad += len(bad)
     tally.num_skipped += len(encoded.skipped)
     tally.num_read += encoded.num_read
