@@ -26,7 +26,7 @@ from rlhf.data.prompts import load_prompts
 from rlhf.data.splits import check_tokenizer, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.evaluation import sampling_of
-from rlhf.experiment.run import make_fabric
+from rlhf.experiment.devices import make_fabric
 from rlhf.files import write_json
 from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, check_positive, launch
 from rlhf.models.loading import load_policy, load_scorer, resolve, tokenizer_of

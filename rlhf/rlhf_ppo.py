@@ -39,7 +39,8 @@ from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, collect, stack, value_index
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
-from rlhf.experiment.run import Run, Step, start_experiment
+from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.steps import Step
 from rlhf.flags import (
     BatchFlags,
     DataFlags,

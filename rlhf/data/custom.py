@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,13 @@ class CustomParser:
             record = {"prompt": record}
         if not isinstance(record, Mapping):
             raise UnusableRowError("the row is neither an object nor a prompt string", f"write {FORMS}")
+        row = self._row(record)
+        if self.stage == "prompts" and record.get("reference") is not None:
+            reference = checked_text(record["reference"], "reference", may_be_empty=True)
+            row = dataclasses.replace(row, reference=reference)
+        return row
+
+    def _row(self, record: Mapping) -> Row:
         if "messages" in record:
             return self._conversation(self._messages(record["messages"], "messages"))
         if "instruction" in record:
@@ -66,13 +74,14 @@ class CustomParser:
         if record.get("input"):
             instruction += "\n\n" + text_of(record, "input").strip()
         if self.stage == "prompts" and "response" not in record:
-            response = ""
-        else:
-            response = text_of(record, "response").strip()
+            if self.apply_chat_template:
+                return self._chat({"prompt": instruction})
+            return Row("dialogue", f"{HUMAN} {instruction}{ASSISTANT}")
+        response = text_of(record, "response").strip()
         if self.apply_chat_template:
-            return self._chat({"prompt": instruction, "completion": response} if response else {"prompt": instruction})
+            return self._chat({"prompt": instruction, "completion": response})
         prompt = f"{HUMAN} {instruction}{ASSISTANT}"
-        return staged(self.stage, "dialogue", prompt, chosen=Response.of(" " + response), reference=response)
+        return staged(self.stage, "dialogue", prompt, chosen=Response.of(" " + response), reference=" " + response)
 
     def _plain(self, record: Mapping) -> Row:
         prompt = self.prompt_template.replace("{prompt}", text_of(record, "prompt"))
@@ -82,13 +91,11 @@ class CustomParser:
                 rejected = text_of(record, "rejected")
                 refuse_equal(chosen, rejected, self.remove_same_responses)
             other = None if rejected is None else Response.of(rejected)
-            return staged(
-                self.stage, "plain", prompt, chosen=Response.of(chosen), rejected=other, reference=chosen.strip()
-            )
+            return staged(self.stage, "plain", prompt, chosen=Response.of(chosen), rejected=other, reference=chosen)
         if "completion" in record or self.stage == "feedback":
             completion = text_of(record, "completion")
             return self._labelled(record, "plain", prompt, Response.of(completion), completion)
-        return self._bare(record, "plain", prompt)
+        return self._bare("plain", prompt)
 
     def _chat(self, record: Mapping) -> Row:
         prompt = self._messages(record["prompt"], "prompt", role="user") if "prompt" in record else []
@@ -117,7 +124,7 @@ class CustomParser:
             return self._conversation(prompt)
         if prompt[-1]["role"] == "assistant":
             return self._conversation(prompt)
-        return self._bare(record, "chat_template", self.chat.render(prompt, generation_prompt=True))
+        return self._bare("chat_template", self.chat.render(prompt, generation_prompt=True))
 
     def _conversation(self, messages: list[Message], *, every_turn: bool = True) -> Row:
         """A conversation: for finetune every assistant's turn, or the last; for prompts all before the last."""
@@ -138,15 +145,14 @@ class CustomParser:
             return Row(kind, prompt, (response,), (good,))
         if self.stage == "finetune" and not good:
             raise UnusableRowError("label is False: nothing to imitate", "prepare --stage=feedback", bad=False)
-        return staged(self.stage, kind, prompt, chosen=response, reference=reference.strip() if good else "")
+        return staged(self.stage, kind, prompt, chosen=response, reference=reference if good else "")
 
-    def _bare(self, record: Mapping, kind: str, prompt: str) -> Row:
+    def _bare(self, kind: str, prompt: str) -> Row:
         if self.stage != "prompts":
             raise UnusableRowError(
                 f"a bare prompt, and --stage={self.stage} needs a response", f"write {FORMS}, or --stage=prompts"
             )
-        reference = record.get("reference") or ""
-        return Row(kind, prompt, reference=checked_text(reference, "reference", may_be_empty=True))
+        return Row(kind, prompt)
 
     def _messages(self, value: Any, name: str, *, role: str | None = None) -> list[Message]:
         """A list of messages; with `role`, a plain text stands for one message of that role."""

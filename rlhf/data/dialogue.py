@@ -41,7 +41,7 @@ class DialogueParser:
             prompt,
             chosen=Response.of(chosen),
             rejected=None if rejected is None else Response.of(rejected),
-            reference=chosen.strip(),
+            reference=chosen,
             shorten=lambda fits: drop_first_turns(prompt, fits),
         )
 
@@ -73,7 +73,7 @@ class SummaryParser:
             f"{post}\n{SUMMARY}",
             chosen=Response.of(chosen),
             rejected=None if rejected is None else Response.of(rejected),
-            reference=chosen.strip(),
+            reference=chosen,
             shorten=lambda fits: cut_post(post, fits),
             always_shorten=True,
         )

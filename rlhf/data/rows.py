@@ -46,6 +46,7 @@ class Row:
     """None for prompts, one to learn, chosen and rejected, or one for each label."""
     labels: tuple[bool, ...] = ()
     reference: str = ""
+    """For prompts: the data's own answer, as it would follow the prompt, or empty."""
     shorten: Callable[[Callable[[str], bool]], str | None] | None = None
     """Finds the longest shorter prompt that fits, cut where its kind of text may be cut."""
     always_shorten: bool = False

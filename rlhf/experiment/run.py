@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from rlhf.allocator import keep_freed_memory
 from rlhf.data.prompts import Prompts, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.experiment.checkpoints import Checkpoints
+from rlhf.experiment.devices import make_fabric
 from rlhf.experiment.logs import Logs, environment
 from rlhf.experiment.metrics import Metrics
+from rlhf.experiment.steps import Step
 from rlhf.files import atomic_dir, write_json
 from rlhf.flags import check_positive
 from rlhf.models.loading import Role, save_model
-from rlhf.schedules import lr_multiplier
 from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
 
 
@@ -52,53 +48,6 @@ def start_experiment(flags: Any, script: str) -> Run:
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     return Run(fabric, flags, script, folder)
-
-
-def fast_bf16(accelerator: str) -> bool:
-    """Whether the hardware multiplies bf16 faster than float32: CUDA 8.0 and later, CPUs with AVX512-BF16 or AMX."""
-    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
-        return torch.cuda.get_device_capability()[0] >= 8
-    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def make_fabric(flags: Any) -> Fabric:
-    """Lightning Fabric from the device flags, or from what `fabric run` asked for.
-
-    Raises:
-        UserError: a device, strategy or precision that is not supported or not there.
-    """
-    accelerator = os.environ.get("LT_ACCELERATOR", flags.accelerator)
-    precision = os.environ.get("LT_PRECISION", flags.precision)
-    if precision == "auto":
-        precision = "bf16-mixed" if fast_bf16(accelerator) else "32-true"
-    if precision not in ("32-true", "bf16-mixed"):
-        raise UserError(f"--precision={precision} is not supported; use 32-true or bf16-mixed")
-    devices = os.environ.get("LT_DEVICES", flags.devices)
-    if devices == "auto" and accelerator in ("cpu", "auto") and not torch.cuda.is_available():
-        devices = "1"
-    num_nodes = int(os.environ.get("LT_NUM_NODES", flags.num_nodes))
-    strategy = os.environ.pop("LT_STRATEGY", flags.strategy)
-    if strategy not in ("auto", "ddp"):
-        raise UserError(f"--strategy={strategy} is not supported; use auto or ddp")
-    several = devices not in ("1", "auto") or num_nodes > 1 or (devices == "auto" and torch.cuda.device_count() > 1)
-    if several or strategy == "ddp":
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    for name in ("LT_ACCELERATOR", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
-        os.environ.pop(name, None)
-    transformers.utils.logging.disable_progress_bar()
-    keep_freed_memory()
-    try:
-        return Fabric(
-            accelerator=accelerator,
-            devices=int(devices) if str(devices).isdigit() else devices,
-            num_nodes=num_nodes,
-            strategy=strategy,
-            precision=precision,
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"--accelerator={accelerator} --devices={devices}: {str(error).splitlines()[0]}") from None
 
 
 class Run:
@@ -364,122 +313,3 @@ class Run:
             self.logs.close()
         self.fabric.barrier()
         return summary
-
-
-class Step:
-    """One optimiser step over all devices."""
-
-    def __init__(self, run: Run, rows: Sequence[int]) -> None:
-        self.run, self.global_rows = run, list(rows)
-        self.weight = 1.0
-        self.metrics = run.metrics()
-        self.num_tokens = 0
-        self.began = time.perf_counter()
-
-    def micro_batches(
-        self,
-        pack: Callable[[list[int]], Any],
-        *modules: nn.Module,
-        tokens: Tensor | None = None,
-        rows: Sequence[int] | None = None,
-    ) -> Iterator[Any]:
-        """`pack(rows)` of each micro-batch; gradients are synchronised in the last one only.
-
-        Args:
-            pack: builds a micro-batch; it runs in a thread with `--num_workers`.
-            modules: what the micro-batches train.
-            tokens: distinct tokens of every row, for `--micro_batch_tokens`.
-            rows: the rows, over all devices, of this optimiser step; those of the run's step unless given.
-
-        A device without rows gets one micro-batch of the step's first row, whose loss `weight` makes 0, so that
-        all devices take part in the reduction.
-        """
-        flags, rows = self.run.flags, self.global_rows if rows is None else rows
-        mine = rows_of_rank(rows, self.run.rank, self.run.world_size)
-        self.weight = 1.0 if mine else 0.0
-        cuts = cut(
-            mine or rows[:1],
-            micro_batch_size=flags.micro_batch_size,
-            micro_batch_tokens=flags.micro_batch_tokens,
-            tokens=tokens,
-        )
-        for last, batch in _ahead(pack, cuts, flags.num_workers):
-            yield from self._synchronised(batch, modules, last)
-
-    def _synchronised(self, batch: Any, modules: Sequence[nn.Module], last: bool) -> Iterator[Any]:
-        if not modules:
-            yield batch
-            return
-        with self.run.fabric.no_backward_sync(modules[0], enabled=not last and self.run.world_size > 1):
-            yield from self._synchronised(batch, modules[1:], last)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this device's part of the step's loss (already over the step's denominator).
-
-        The strategy averages gradients over devices; the whole step's loss is their sum, hence the factor.
-        """
-        self.run.fabric.backward(loss * (self.run.world_size * self.weight))
-
-    def update(self, optimizer: Optimizer, *, clip: float, name: str = "") -> bool:
-        """Set the rate, clip, step and clear; returns False where a non-finite gradient skipped the update.
-
-        Raises:
-            UserError: a non-finite loss or gradient norm, once `--skip_nonfinite_steps` are used up.
-        """
-        run, flags = self.run, self.run.flags
-        rate = lr_multiplier(
-            run.step_index,
-            total_steps=run.total_steps,
-            warmup_steps=flags.lr_warmup_steps,
-            schedule=flags.lr_schedule,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            optimizer.step()
-        else:
-            self._nonfinite(f"the gradient norm{f' of the {name}' if name else ''} is {norm.item()}")
-        optimizer.zero_grad(set_to_none=True)
-        prefix = f"train/{name}_" if name else "train/"
-        self.metrics.add(f"{prefix}grad_norm", norm.item(), 1)
-        self.metrics.put(f"{prefix}learning_rate", optimizer.param_groups[0]["lr"])
-        return finite
-
-    def _nonfinite(self, what: str) -> None:
-        run = self.run
-        run.skipped_steps += 1
-        if run.skipped_steps > run.flags.skip_nonfinite_steps:
-            raise UserError(
-                f"step {run.step_index}: {what} (training rows {sorted(self.global_rows)}); lower the learning rate, "
-                f"look at these rows, or allow such steps with --skip_nonfinite_steps"
-            )
-        run.say(f"step {run.step_index}: {what}; update skipped ({run.skipped_steps} so far)")
-
-    def finish(self, bar: tqdm) -> None:
-        """Reduce and log what the step measured."""
-        if self.run.step_index % self.run.flags.log_interval and self.run.step_index != self.run.total_steps:
-            return
-        self.metrics.add("perf/tokens", self.num_tokens, 1)
-        values = self.metrics.reduce()
-        seconds = time.perf_counter() - self.began
-        values["perf/tokens_per_second"] = values.pop("perf/tokens") * self.run.world_size / seconds
-        values["perf/step_seconds"] = seconds
-        if self.run.skipped_steps:
-            values["train/skipped_steps"] = float(self.run.skipped_steps)
-        self.run.log(values)
-        if "train/loss" in values:
-            bar.set_postfix(loss=f"{values['train/loss']:.4f}", refresh=False)
-
-
-def _ahead(pack, cuts: list[list[int]], num_workers: int) -> Iterator[tuple[bool, Any]]:
-    """(is last, packed micro-batch) of each cut, packed by `num_workers` threads ahead of their use."""
-    if num_workers == 0:
-        for i, rows in enumerate(cuts):
-            yield i == len(cuts) - 1, pack(rows)
-        return
-    with ThreadPoolExecutor(num_workers) as pool:
-        for i, batch in enumerate(pool.map(pack, cuts)):
-            yield i == len(cuts) - 1, batch

@@ -1,0 +1,61 @@
+"""Devices and precision, all through Lightning Fabric."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import transformers
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+
+from rlhf.allocator import keep_freed_memory
+from rlhf.errors import UserError
+
+
+def fast_bf16(accelerator: str) -> bool:
+    """Whether the hardware multiplies bf16 faster than float32: CUDA 8.0 and later, CPUs with AVX512-BF16 or AMX."""
+    if accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0] >= 8
+    if accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available()):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def make_fabric(flags: Any) -> Fabric:
+    """Lightning Fabric from the device flags, or from what `fabric run` asked for.
+
+    Raises:
+        UserError: a device, strategy or precision that is not supported or not there.
+    """
+    accelerator = os.environ.get("LT_ACCELERATOR", flags.accelerator)
+    precision = os.environ.get("LT_PRECISION", flags.precision)
+    if precision == "auto":
+        precision = "bf16-mixed" if fast_bf16(accelerator) else "32-true"
+    if precision not in ("32-true", "bf16-mixed"):
+        raise UserError(f"--precision={precision} is not supported; use 32-true or bf16-mixed")
+    devices = os.environ.get("LT_DEVICES", flags.devices)
+    if devices == "auto" and accelerator in ("cpu", "auto") and not torch.cuda.is_available():
+        devices = "1"
+    num_nodes = int(os.environ.get("LT_NUM_NODES", flags.num_nodes))
+    strategy = os.environ.pop("LT_STRATEGY", flags.strategy)
+    if strategy not in ("auto", "ddp"):
+        raise UserError(f"--strategy={strategy} is not supported; use auto or ddp")
+    several = devices not in ("1", "auto") or num_nodes > 1 or (devices == "auto" and torch.cuda.device_count() > 1)
+    if several or strategy == "ddp":
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    for name in ("LT_ACCELERATOR", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
+        os.environ.pop(name, None)
+    transformers.utils.logging.disable_progress_bar()
+    keep_freed_memory()
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            devices=int(devices) if str(devices).isdigit() else devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision=precision,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"--accelerator={accelerator} --devices={devices}: {str(error).splitlines()[0]}") from None
