@@ -11,7 +11,7 @@ from rlhf.advantages import RunningMoments
 from rlhf.errors import UserError
 from rlhf.experience import Experience, cut_after_stop, stack, value_index
 from rlhf.experiment.optimizers import TensorFlowAdam
-from rlhf.experiment.run import Step
+from rlhf.experiment.steps import Step
 from rlhf.losses.policy_gradient import ppo_policy_loss
 from rlhf.rlhf_ppo import (
     PPOFlags,
