@@ -30,7 +30,7 @@ def test_a_dialogue_keeps_its_turns(stage):
     expected = {"finetune": [" Fine."], "preference": [" Fine.", " Go away."], "feedback": [" Fine.", " Go away."]}
     assert texts(row) == expected.get(stage, [])
     assert row.labels == ((True, False) if stage == "feedback" else ())
-    assert row.reference == ("Fine." if stage == "prompts" else "")
+    assert row.reference == (" Fine." if stage == "prompts" else "")
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,13 @@ FORMS = [
     ({"instruction": "Hi", "response": "Hello."}, "finetune", "dialogue", DIALOGUE, [" Hello."], (), ""),
     ({"instruction": "Hi", "input": "x", "response": "y"}, "finetune", "dialogue",
      "\n\nHuman: Hi\n\nx\n\nAssistant:", [" y"], (), ""),
-    ({"instruction": "Hi", "response": "Hello."}, "prompts", "dialogue", DIALOGUE, [], (), "Hello."),
+    ({"instruction": "Hi", "response": "Hello."}, "prompts", "dialogue", DIALOGUE, [], (), " Hello."),
     ({"instruction": "Hi"}, "prompts", "dialogue", DIALOGUE, [], (), ""),
     ({"prompt": "Q:", "chosen": " a", "rejected": " b"}, "preference", "plain", "Q:", [" a", " b"], (), ""),
     ({"prompt": "Q:", "chosen": " a", "rejected": " b"}, "finetune", "plain", "Q:", [" a"], (), ""),
     ({"prompt": "Q:", "chosen": " a", "rejected": " b"}, "feedback", "plain", "Q:", [" a", " b"], (True, False), ""),
-    ({"prompt": "Q:", "chosen": " a"}, "prompts", "plain", "Q:", [], (), "a"),
+    ({"prompt": "Q:", "chosen": " a"}, "prompts", "plain", "Q:", [], (), " a"),
+    ({"prompt": "Q:", "completion": " so 42", "reference": "42"}, "prompts", "plain", "Q:", [], (), "42"),
     ({"prompt": "Q:", "completion": " a", "label": True}, "feedback", "plain", "Q:", [" a"], (True,), ""),
     ({"prompt": "Q:", "completion": " a", "label": "0"}, "feedback", "plain", "Q:", [" a"], (False,), ""),
     ({"prompt": "Q:", "completion": " a", "label": 1}, "finetune", "plain", "Q:", [" a"], (), ""),
@@ -234,6 +235,7 @@ def test_every_form_of_the_users_rows(record, stage, kind, prompt, responses, la
         ({"prompt": [USER], "chosen": [HELLO]}, "preference", "missing key 'rejected'"),
         ({"prompt": [USER], "chosen": [USER], "rejected": [BYE]}, "preference", "no assistant turn at the end"),
         ({"prompt": [USER]}, "finetune", "no assistant turn"),
+        ({"prompt": "Q", "reference": 42}, "prompts", "'reference' is a number, not a text"),
     ],
 )  # fmt: skip
 def test_rows_of_the_user_that_cannot_be_used(record, stage, reason):

@@ -137,7 +137,7 @@ def test_all_stages_in_one_folder(tmp_path, tokenizers):
         prompt = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
         assert row["input_ids"].tolist() == encode_prompt(tokenizer, prompt)
         assert row["prompt_len"] == len(row["input_ids"])
-        assert row["reference"] == by_prompt[prompt][0].strip()
+        assert row["reference"] == by_prompt[prompt][0]
     labelled = collections.defaultdict(set)
     for row in all_rows(folder, "feedback"):
         prompt = tokenizer.decode(row["input_ids"][: row["prompt_len"]], skip_special_tokens=True)
