@@ -66,6 +66,22 @@ class Rollout:
     ended: Tensor
 
 
+@dataclass
+class Targets:
+    """What one rollout trains on, (N, L) each.
+
+    Attributes:
+        token_kl: the KL estimate that each token's reward is charged with.
+        advantages: of the response tokens, whitened where the run asks for it.
+        returns: what the critic learns; value_mask: where it does.
+    """
+
+    token_kl: Tensor
+    advantages: Tensor
+    returns: Tensor
+    value_mask: Tensor
+
+
 def stack(experiences: Sequence[Experience], width: int) -> Rollout:
     """Lay experiences out as one `Rollout` of `width` columns.
 

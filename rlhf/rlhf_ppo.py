@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 
 from rlhf.advantages import RunningMoments, end_state_mask, gae, score_missing_eos, token_rewards
-from rlhf.data.prompts import Prompts
 from rlhf.data.splits import Split
 from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, collect, stack, value_index
+from rlhf.experience import Experience, Rollout, Targets, collect, stack, value_index
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.run import Run, start_experiment
@@ -54,19 +53,19 @@ from rlhf.flags import (
 )
 from rlhf.kl import kl_k1, kl_k2, kl_k3
 from rlhf.losses.policy_gradient import (
-    explained_variance,
     policy_clipped,
     ppo_policy_loss,
     ppo_value_loss,
     value_clipped,
 )
 from rlhf.losses.supervised import nll_loss
-from rlhf.masked import masked_mean, masked_whiten
+from rlhf.masked import masked_whiten
 from rlhf.models.loading import resolve, tokenizer_of
-from rlhf.models.roles import Roles, load_roles
+from rlhf.models.roles import load_roles
+from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout
 from rlhf.rewards import RewardModel
 from rlhf.schedules import AdaptiveKL, FixedKL
-from rlhf.trees.batches import cut, epoch_order, rows_of_step
+from rlhf.trees.batches import epoch_order, rows_of_step
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import finetune_tree
 
@@ -177,15 +176,6 @@ class PPOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlag
 
 
 @dataclass
-class Targets:
-    """What one rollout trains on, (N, L) each: whitened advantages, the critic's returns, and where they count."""
-
-    advantages: Tensor
-    returns: Tensor
-    value_mask: Tensor
-
-
-@dataclass
 class Batch:
     """A packed micro-batch: R response tokens and V values: before each token, then the end states that count."""
 
@@ -235,7 +225,7 @@ def targets_of(rollout: Rollout, scores: Tensor, kl_coef: float, flags: PPOFlags
         for rank in range(world_size):
             own = slice(rank, None, world_size)
             advantages[own] = masked_whiten(advantages[own], mask[own])
-    return Targets(advantages, returns, value_mask)
+    return Targets(token_kl, advantages, returns, value_mask)
 
 
 def advantages_of(targets: Targets, rollout: Rollout, rows: list[int], flags: PPOFlags) -> Tensor:
@@ -321,101 +311,6 @@ def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Modu
         step.metrics.mean("train/ptx_loss", losses, step.weight)
 
 
-def measure_rollout(
-    step: Step, rollout: Rollout, scores: Tensor, targets: Targets, flags: PPOFlags, kl_coef: float
-) -> float:
-    """Log what tells a healthy run from a hacked reward; returns the mean KL of a response, in nats."""
-    mask = rollout.response_mask
-    kl = masked_mean(kl_k1(rollout.old_logps, rollout.ref_logps), mask).item()
-    lengths = mask.sum(1).double()
-    response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
-    token_kl = KL_ESTIMATORS[flags.kl_estimator](rollout.old_logps, rollout.ref_logps)
-    penalty = kl_coef * (token_kl * mask).sum(1).mean().item()
-    shape = scores.mean().item()
-    values = {
-        "train/score": rollout.scores.mean().item(),
-        "train/score_std": rollout.scores.std(correction=0).item(),
-        "train/shaped_score": shape,
-        "train/kl_penalty": penalty,
-        "train/reward": shape - penalty,
-        "train/kl_per_response": response_kl,
-        "train/kl_per_token": kl,
-        "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
-        "train/kl_coef": kl_coef,
-        "train/response_length": lengths.mean().item(),
-        "train/eos_rate": rollout.ended.double().mean().item(),
-        "train/perplexity": math.exp(-masked_mean(rollout.old_logps, mask).item()),
-        "train/value": masked_mean(rollout.values, mask).item(),
-        "train/return": masked_mean(targets.returns, targets.value_mask).item(),
-        "train/explained_variance": explained_variance(rollout.values, targets.returns, targets.value_mask).item(),
-    }
-    for name, value in values.items():
-        step.metrics.put(name, value)
-    return response_kl
-
-
-@torch.no_grad()
-def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], temperature: float) -> None:
-    """Before the first update, policy and reference are one distribution, sampled and recomputed alike.
-
-    Raises:
-        UserError: they differ by more than rounding; the sentence says between which passes.
-    """
-    exact = run.precision == "32-true"
-    mine = experiences[run.rank :: run.world_size][:4] or experiences[:1]
-    forest = Forest([Tree.of(e.prompt, e.response) for e in mine]).to(run.device)
-    with run.fabric.autocast():
-        recomputed, _ = roles.actor(forest, temperature=temperature)
-    sampled, reference = (torch.cat([getattr(e, n) for e in mine]) for n in ("old_logps", "ref_logps"))
-    recomputed = recomputed.cpu()
-    sampling_gap = (sampled - recomputed).abs().max().item()
-    reference_gap = (reference - recomputed).abs().max().item()
-    if sampling_gap > (1e-3 if exact else 0.5):
-        raise UserError(
-            f"sampling and training disagree on the same policy by {sampling_gap:.2g} nats a token before any update; "
-            f"a model whose forward depends on more than its tokens cannot be trained by PPO"
-        )
-    if reference_gap > (1e-4 if exact else 0.5):
-        raise UserError(
-            f"policy and reference differ by {reference_gap:.2g} nats a token before any update; give both the same "
-            f"--sft_experiment_dir"
-        )
-    kl = torch.cat([e.old_logps - e.ref_logps for e in experiences]).mean().item()
-    if abs(kl) > (1e-5 if exact else 0.05):
-        raise UserError(f"the KL of the first rollout is {kl:.2g} nats a token, not 0; sampling differs from training")
-
-
-@torch.no_grad()
-def evaluate(
-    run: Run, flags: PPOFlags, roles: Roles, reward: RewardModel, prompts: Prompts
-) -> tuple[dict[str, float], list[dict]]:
-    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
-    limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
-    rows = list(range(limit))
-    roles.critic.eval()
-    experiences = collect(run, flags, roles, reward, prompts, rows, flags.eval_temperature)
-    values = {
-        "val/score": sum(e.score for e in experiences) / len(experiences),
-        "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
-        "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
-    }
-    answers = [(e, prompts.answer(rows[e.position])) for e in experiences]
-    answers = [(e, a) for e, a in answers if a is not None]
-    if answers:
-        scores = []
-        with run.fabric.autocast():
-            for batch in cut(range(len(answers)), micro_batch_size=flags.rollout_mini_batch_size):
-                pairs = [answers[i] for i in batch]
-                scores.append(reward([e.prompt for e, _ in pairs], [a for _, a in pairs], [True] * len(pairs)))
-        values["val/reference_score"] = torch.cat(scores).mean().item()
-    decode = prompts.tokenizer.decode
-    samples = [
-        {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}
-        for e in experiences
-    ]
-    return values, samples
-
-
 def main(flags: PPOFlags) -> dict:
     """Train; returns the last evaluation and the experiment folder."""
     run = start_experiment(flags, "rlhf_ppo")
@@ -475,7 +370,7 @@ def main(flags: PPOFlags) -> dict:
         log_sample(run, roles.actor, tokenizer)
         if validation is None:
             return {}
-        values, samples = evaluate(run, flags, roles, reward, validation)
+        values, samples = evaluate_sampling(run, flags, roles, reward, validation)
         run.log_samples(samples)
         run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
@@ -490,7 +385,7 @@ def main(flags: PPOFlags) -> dict:
         rollout = stack(experiences, flags.max_new_tokens)
         scores = shaped_scores(rollout, flags, score_moments)
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size)
-        response_kl = measure_rollout(step, rollout, scores, targets, flags, kl.value)
+        response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
         kl.update(response_kl, len(experiences))
         step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
 

@@ -23,6 +23,7 @@ LAYERS = {
     "rlhf/kl.py": 0,
     "rlhf/logps.py": 0,
     "rlhf/advantages.py": 0,
+    "rlhf/allocator.py": 0,
     "rlhf/schedules.py": 0,
     "rlhf/reports.py": 0,
     "rlhf/losses/*.py": 0,
@@ -35,6 +36,7 @@ LAYERS = {
     "rlhf/experiment/*.py": 3,
     "rlhf/evaluation.py": 3,
     "rlhf/experience.py": 3,
+    "rlhf/monitoring.py": 3,
     "rlhf/rlhf_*.py": SCRIPT_LAYER,
 }
 """Every module's layer; a module that matches no row fails the test: give it one."""

@@ -74,7 +74,7 @@ class Run:
         self._evaluated_at = self._saved_at = -1
         self._values: dict[str, float] = {}
         self._step: Step | None = None
-        self._data_info: dict | None = None
+        self._data_info: dict = {}
 
     def say(self, text: str) -> None:
         """Print once, not once a device."""
@@ -94,15 +94,21 @@ class Run:
         for split in (train, validation):
             if split is not None:
                 check_tokenizer(split, tokenizer)
-        self._data_info = data_info(self.flags.data_dir)
+                self._note(split)
         return train, validation
 
     def load_prompts(self, name: str, tokenizer) -> Prompts | None:
         """The prompts of a split, from whatever stage the data folder has."""
         with self.fabric.rank_zero_first(local=True):
             prompts = load_prompts(self.flags.data_dir, name, tokenizer)
-        self._data_info = data_info(self.flags.data_dir)
+        if prompts is not None:
+            self._note(prompts.split)
         return prompts
+
+    def _note(self, split: Split) -> None:
+        """For data.json: how the data was made, and a hash of the rows of every split that the run reads."""
+        read = {**self._data_info.get("read", {}), f"{split.stage}_{split.name}": split.fingerprint}
+        self._data_info = {**data_info(self.flags.data_dir), "read": read}
 
     def setup(self, module: nn.Module) -> nn.Module:
         """Move a model to this run's device and under its strategy."""
@@ -135,8 +141,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "args.json", dataclasses.asdict(self.flags))
             write_json(self.folder / "environment.json", environment(self.fabric))
-            if self._data_info is not None:
-                write_json(self.folder / "data.json", self._data_info)
+            write_json(self.folder / "data.json", self._data_info)
             self.logs = Logs(self.folder, self.flags.logger, self.script, resume_at=self.step_index)
         self.fabric.barrier()
         self.say(f"{self.script}: writing to {self.folder}")

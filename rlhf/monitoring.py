@@ -1,0 +1,118 @@
+"""What tells a healthy RL run from a broken or a hacked one: checks before it, numbers during it, held-out answers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data.prompts import Prompts
+from rlhf.errors import UserError
+from rlhf.experience import Experience, Rollout, Targets, collect
+from rlhf.experiment.run import Run
+from rlhf.experiment.steps import Step
+from rlhf.kl import kl_k1, kl_k3
+from rlhf.losses.policy_gradient import explained_variance
+from rlhf.masked import masked_mean
+from rlhf.models.roles import Roles
+from rlhf.rewards import RewardModel
+from rlhf.trees.batches import cut
+from rlhf.trees.forest import Forest, Tree
+
+
+def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targets, kl_coef: float) -> float:
+    """Log what tells a healthy run from a hacked reward; returns the mean KL of a response (k1), in nats.
+
+    Args:
+        scores: (N,) as they enter the reward.
+    """
+    mask = rollout.response_mask
+    kl = masked_mean(kl_k1(rollout.old_logps, rollout.ref_logps), mask).item()
+    lengths = mask.sum(1).double()
+    response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
+    penalty = kl_coef * (targets.token_kl * mask).sum(1).mean().item()
+    shape = scores.mean().item()
+    values = {
+        "train/score": rollout.scores.mean().item(),
+        "train/score_std": rollout.scores.std(correction=0).item(),
+        "train/shaped_score": shape,
+        "train/kl_penalty": penalty,
+        "train/reward": shape - penalty,
+        "train/kl_per_response": response_kl,
+        "train/kl_per_token": kl,
+        "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
+        "train/kl_coef": kl_coef,
+        "train/response_length": lengths.mean().item(),
+        "train/eos_rate": rollout.ended.double().mean().item(),
+        "train/perplexity": math.exp(-masked_mean(rollout.old_logps, mask).item()),
+        "train/value": masked_mean(rollout.values, mask).item(),
+        "train/return": masked_mean(targets.returns, targets.value_mask).item(),
+        "train/explained_variance": explained_variance(rollout.values, targets.returns, targets.value_mask).item(),
+    }
+    for name, value in values.items():
+        step.metrics.put(name, value)
+    return response_kl
+
+
+@torch.no_grad()
+def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], temperature: float) -> None:
+    """Before the first update, policy and reference are one distribution, sampled and recomputed alike.
+
+    Raises:
+        UserError: they differ by more than rounding; the sentence says between which passes.
+    """
+    exact = run.precision == "32-true"
+    mine = experiences[run.rank :: run.world_size][:4] or experiences[:1]
+    forest = Forest([Tree.of(e.prompt, e.response) for e in mine]).to(run.device)
+    with run.fabric.autocast():
+        recomputed, _ = roles.actor(forest, temperature=temperature)
+    sampled, reference = (torch.cat([getattr(e, n) for e in mine]) for n in ("old_logps", "ref_logps"))
+    recomputed = recomputed.cpu()
+    sampling_gap = (sampled - recomputed).abs().max().item()
+    reference_gap = (reference - recomputed).abs().max().item()
+    if sampling_gap > (1e-3 if exact else 0.5):
+        raise UserError(
+            f"sampling and training disagree on the same policy by {sampling_gap:.2g} nats a token before any update; "
+            f"a model whose forward depends on more than its tokens cannot be trained by PPO"
+        )
+    if reference_gap > (1e-4 if exact else 0.5):
+        raise UserError(
+            f"policy and reference differ by {reference_gap:.2g} nats a token before any update; give both the same "
+            f"--sft_experiment_dir"
+        )
+    kl = torch.cat([e.old_logps - e.ref_logps for e in experiences]).mean().item()
+    if abs(kl) > (1e-5 if exact else 0.05):
+        raise UserError(f"the KL of the first rollout is {kl:.2g} nats a token, not 0; sampling differs from training")
+
+
+@torch.no_grad()
+def evaluate_sampling(
+    run: Run, flags: Any, roles: Roles, reward: RewardModel, prompts: Prompts
+) -> tuple[dict[str, float], list[dict]]:
+    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
+    limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
+    rows = list(range(limit))
+    roles.critic.eval()
+    experiences = collect(run, flags, roles, reward, prompts, rows, flags.eval_temperature)
+    values = {
+        "val/score": sum(e.score for e in experiences) / len(experiences),
+        "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
+        "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
+    }
+    answers = [(e, prompts.answer(rows[e.position])) for e in experiences]
+    answers = [(e, a) for e, a in answers if a is not None]
+    if answers:
+        scores = []
+        with run.fabric.autocast():
+            for batch in cut(range(len(answers)), micro_batch_size=flags.rollout_mini_batch_size):
+                pairs = [answers[i] for i in batch]
+                scores.append(reward([e.prompt for e, _ in pairs], [a for _, a in pairs], [True] * len(pairs)))
+        values["val/reference_score"] = torch.cat(scores).mean().item()
+    decode = prompts.tokenizer.decode
+    samples = [
+        {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}
+        for e in experiences
+    ]
+    return values, samples
