@@ -23,6 +23,7 @@ def main() -> None:
         watched = train(PPOFlags(**settings), pytest.MonkeyPatch())
         seen = {
             "weights": watched.weights(),
+            "gradients": watched.gradients,
             "metrics": watched.metrics,
             "responses": [[e.response for e in rollout] for rollout in watched.experiences],
             "prompts": [[e.prompt for e in rollout] for rollout in watched.experiences],
