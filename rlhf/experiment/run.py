@@ -37,7 +37,7 @@ def start_experiment(flags: Any, script: str) -> Run:
         UserError: flags that contradict each other, or an experiment folder that is taken.
     """
     check_positive(flags, "mini_batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs")
-    check_positive(flags, "log_interval", "max_new_tokens", "lora_rank")
+    check_positive(flags, "log_interval", "max_new_tokens", "temperature", "top_p", "lora_rank")
     folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if flags.resume and not flags.experiment_dir:
         raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
