@@ -117,6 +117,7 @@ _QUICK = {
     "precision": "32-true",
     "logger": "none",
     "mini_batch_size": 4,
+    "epochs": 99.0,
     "max_steps": 2,
     "eval_interval": 0,
     "save_interval": 0,
