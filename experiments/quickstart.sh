@@ -6,7 +6,8 @@
 #     DATASET   sample (in this repository), hh, tldr, or a file or folder of preference pairs as in Anthropic/hh-rlhf
 #     DEVICES   devices for training; more than one are launched by `fabric run` with DDP   (1)
 #     OUT       where everything goes   (experiments/runs/quickstart-<time>)
-#     STEPS     a number: no stage takes more optimiser steps (for a quick look)
+#     STEPS     no stage takes more steps than this, for a quick look   (no limit)
+#     PROMPTS, ROWS   held-out prompts to answer and rows to score for the table   (32, 120)
 set -euo pipefail
 began=$SECONDS
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" gguf
@@ -16,6 +17,8 @@ DATASET=${DATASET:-sample}
 DEVICES=${DEVICES:-1}
 OUT=${OUT:-experiments/runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 STEPS=${STEPS:-1000000}
+PROMPTS=${PROMPTS:-32}
+ROWS=${ROWS:-120}
 export TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 
@@ -59,24 +62,24 @@ done
 common=(--data_dir="$data" --save_interval=0 --micro_batch_size=8 --mini_batch_size=8 --max_new_tokens=48)
 step "supervised fine-tuning"
 train rlhf_sft "${common[@]}" --model_name="$MODEL" --experiment_dir="$OUT/sft" --learning_rate=2e-5 \
-    --lr_warmup_steps=5 --max_steps="$(least 60)" --eval_interval=30 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 40)" --eval_interval=20 --eval_iters=4
 
 step "reward model"
 train rlhf_rm "${common[@]:0:4}" --sft_experiment_dir="$OUT/sft" --experiment_dir="$OUT/rm" --learning_rate=2e-5 \
-    --lr_warmup_steps=5 --max_steps="$(least 80)" --eval_interval=40 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 70)" --eval_interval=35 --eval_iters=4
 
 step "PPO"
 train rlhf_ppo "${common[@]}" --sft_experiment_dir="$OUT/sft" --rm_experiment_dir="$OUT/rm" \
-    --experiment_dir="$OUT/ppo" --rollout_size=16 --rollout_mini_batch_size=16 --ppo_epochs=2 \
-    --actor_learning_rate=6e-6 --critic_learning_rate=1e-5 --init_kl_coeff=0.03 --max_steps="$(least 25)" \
+    --experiment_dir="$OUT/ppo" --rollout_size=16 --rollout_mini_batch_size=16 --ppo_epochs=1 \
+    --actor_learning_rate=2e-5 --critic_learning_rate=2e-5 --init_kl_coeff=0.03 --max_steps="$(least 25)" \
     --eval_interval=25 --eval_iters=2
 
 step "DPO"
 train rlhf_dpo "${common[@]}" --sft_experiment_dir="$OUT/sft" --experiment_dir="$OUT/dpo" --learning_rate=5e-6 \
-    --lr_warmup_steps=5 --max_steps="$(least 60)" --eval_interval=30 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 40)" --eval_interval=20 --eval_iters=4
 
 step "what each stage has done, on held-out data"
 python rlhf/rlhf_evaluate.py --data_dir="$data" --models base="$MODEL" sft="$OUT/sft" ppo="$OUT/ppo" dpo="$OUT/dpo" \
-    --baseline=sft --rm_experiment_dir="$OUT/rm" --num_prompts=32 --num_seeds=1 --num_rows=120 \
+    --baseline=sft --rm_experiment_dir="$OUT/rm" --num_prompts="$PROMPTS" --num_seeds=1 --num_rows="$ROWS" \
     --max_new_tokens=48 --output="$OUT/evaluation.json"
 step "done; talk to a model with: python demos/chat.py --experiment_dir $OUT/ppo"

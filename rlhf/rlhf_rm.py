@@ -2,10 +2,10 @@
 
     loss = - log sigmoid(r(x, y_chosen) - r(x, y_rejected))    (Ouyang et al. 2022, arXiv 2203.02155, eq. 1)
 
-Each pair is one prompt tree: the prompt goes through the model once. After training, the scores are shifted and
-scaled so that the validation split's chosen responses have mean 0 and deviation 1 ("The N Implementation Details
-of RLHF with PPO", reward detail 3); the two numbers are kept in the model's config.json as `reward_mean` and
-`reward_scale`, and PPO's reward is (score - reward_mean) / reward_scale.
+Each pair is one prompt tree: the prompt goes through the model once. After training the whole validation split is
+scored, whatever --eval_iters: for report.json, and to shift and scale the scores so that its chosen responses have
+mean 0 and deviation 1 ("The N Implementation Details of RLHF with PPO", reward detail 3). The two numbers are kept in
+the model's config.json as `reward_mean` and `reward_scale`; PPO's reward is (score - reward_mean) / reward_scale.
 
 Deviations: (1) the mean is over the pairs of the step, all devices together; InstructGPT averages over the
 K-choose-2 comparisons of one prompt. (2) The head has no bias: `AutoModelForSequenceClassification` has none, and
@@ -108,8 +108,19 @@ def main(flags: RMFlags) -> dict:
     def assess() -> dict[str, float]:
         if validation is None:
             return {}
-        scores = evaluate(run, scorer, validation, flags.loss_type, flags.eval_iters)
+        at_end = run.step_index == run.total_steps
+        scores = evaluate(run, scorer, validation, flags.loss_type, 0 if at_end else flags.eval_iters)
         chosen, rejected = scores["chosen"], scores["rejected"]
+        if at_end and run.rank == 0:
+            report = preference_report(
+                chosen,
+                rejected,
+                chosen_lens=validation.lengths("chosen_input_ids") - validation.prompt_lens,
+                rejected_lens=validation.lengths("rejected_input_ids") - validation.prompt_lens,
+                prompt_lens=validation.prompt_lens,
+                batch_size=run.global_batch,
+            )
+            write_json(run.folder / "report.json", report)
         scorer.module.reward_mean = chosen.mean().item()
         scorer.module.reward_scale = max(chosen.std(correction=0).item(), 1e-6)
         values = {
@@ -138,18 +149,6 @@ def main(flags: RMFlags) -> dict:
             step.num_tokens += forest.num_tokens
         step.update(optimizer, clip=flags.gradient_clip_val)
 
-    if validation is not None and not run.interrupted:
-        scores = evaluate(run, scorer, validation, flags.loss_type, 0)
-        report = preference_report(
-            scores["chosen"],
-            scores["rejected"],
-            chosen_lens=validation.lengths("chosen_input_ids") - validation.prompt_lens,
-            rejected_lens=validation.lengths("rejected_input_ids") - validation.prompt_lens,
-            prompt_lens=validation.prompt_lens,
-            batch_size=run.global_batch,
-        )
-        if run.rank == 0:
-            write_json(run.folder / "report.json", report)
     return run.finish(models, optimizers, tokenizer, assess)
 
 
