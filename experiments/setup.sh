@@ -1,4 +1,5 @@
 # Sourced by tests/run.sh and by the shell scripts of experiments/:  source experiments/setup.sh EXTRA...
+# (with "" for no extra: without any argument bash would hand on those of the caller).
 #
 # Makes .venv in the root of the repository and installs this project into it with the named extras of
 # pyproject.toml, in the versions of constraints.txt. Where that is done already, it goes straight on. Afterwards the
