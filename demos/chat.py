@@ -114,7 +114,7 @@ def build(flags: ChatFlags) -> Any:
                     yield {chat: bubbles(spoken), history: spoken}
             said = status(account(label, so_far, time.perf_counter() - began, sampling, format))
             yield {message: idle(), line: said} if so_far.text else {**give_back(turns), line: said}
-        except UserError as error:
+        except Exception as error:
             yield {**give_back(turns), line: failure(error)}
         finally:
             stop.set()

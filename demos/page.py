@@ -10,6 +10,7 @@ import math
 import os
 import random
 import threading
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +56,12 @@ def status(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def failure(error: UserError) -> str:
+def failure(error: Exception) -> str:
+    """What went wrong, as the status line's one sentence; other than the user's mistakes, traced on the terminal."""
     sentence = str(error)
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+        sentence = f"{type(error).__name__}: {sentence.splitlines()[0] if sentence else 'no more is known'}"
     return f'<p class="error" role="alert">{html.escape(sentence[:1].upper() + sentence[1:])}</p>'
 
 

@@ -30,7 +30,6 @@ from page import (
 from serving import LoadedModel, Models, ServingFlags, check_serving, reply
 
 from rlhf.data.formats import format_of, render_prompt
-from rlhf.errors import UserError
 from rlhf.flags import launch
 
 EXAMPLES = [
@@ -120,7 +119,7 @@ def build(flags: SummarizeFlags) -> Any:
                 yield {summary: so_far.text}
             said = account(label, so_far, time.perf_counter() - began, sampling, format)
             yield {line: status(said), **buttons(busy=False)}
-        except UserError as error:
+        except Exception as error:
             yield {line: failure(error), **buttons(busy=False)}
         finally:
             stop.set()
