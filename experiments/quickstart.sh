@@ -71,7 +71,7 @@ train rlhf_rm "${common[@]:0:4}" --sft_experiment_dir="$OUT/sft" --experiment_di
 step "PPO"
 train rlhf_ppo "${common[@]}" --sft_experiment_dir="$OUT/sft" --rm_experiment_dir="$OUT/rm" \
     --experiment_dir="$OUT/ppo" --rollout_size=16 --rollout_mini_batch_size=16 --ppo_epochs=1 \
-    --actor_learning_rate=2e-5 --critic_learning_rate=2e-5 --init_kl_coeff=0.03 --max_steps="$(least 25)" \
+    --actor_learning_rate=3e-5 --critic_learning_rate=3e-5 --init_kl_coeff=0.02 --max_steps="$(least 25)" \
     --eval_interval=25 --eval_iters=2
 
 step "DPO"
