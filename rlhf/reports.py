@@ -21,7 +21,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def accuracy_of(correct: Tensor) -> dict[str, Any]:
