@@ -1,0 +1,205 @@
+"""Stored reference log-probabilities, and the curves that are measured against them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf import rlhf_dpo
+from rlhf.data.splits import load_split, write_split
+from rlhf.experiment.run import Step
+from rlhf.rlhf_dpo import DPOFlags, main
+from tests import offline
+from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
+
+NUM_TRAIN, NUM_VALIDATION = 8, 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    return {"one": make_model_dir(root / "one"), "other": make_model_dir(root / "other", seed=1)}
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return make_data(tmp_path / "data", num_train=NUM_TRAIN, num_validation=NUM_VALIDATION)
+
+
+def run(data: str, folder: Path, model: str, **given: Any) -> dict:
+    return main(quick_flags(DPOFlags, data, folder, model_name=model, **given))
+
+
+def computed(capsys) -> int:
+    """How many log-probabilities the last run said that it computed."""
+    return int(re.findall(r"(\d+) of its log-probabilities computed", capsys.readouterr().out)[-1])
+
+
+def test_c19_a_second_run_computes_nothing_and_is_the_same(data, models, tmp_path, capsys):
+    """C19: every response once; then 0, though rate, batches and order differ; the numbers are the same."""
+    run(data, tmp_path / "first", models["one"])
+    assert computed(capsys) == 2 * (NUM_TRAIN + NUM_VALIDATION)
+    run(data, tmp_path / "again", models["one"])
+    assert computed(capsys) == 0
+    lines = [[line.get("train/loss") for line in metrics_of(tmp_path / name)] for name in ("first", "again")]
+    assert lines[0] == lines[1]
+    run(data, tmp_path / "changed", models["one"], learning_rate=0.5, shuffle=False, micro_batch_size=1)
+    assert computed(capsys) == 0
+
+
+def test_c19_a_changed_row_is_computed_alone(data, models, tmp_path, capsys):
+    """C19: one rejected response changes, and the rows turn round: one log-probability. A changed prompt: two."""
+    run(data, tmp_path / "first", models["one"])
+    rows = list(load_split(data, "preference", "train"))[::-1]
+    rows[3]["rejected_input_ids"] = torch.cat([rows[3]["rejected_input_ids"][:-1], torch.tensor([77, 78])])
+    write_split(data, "preference", "train", rows)
+    capsys.readouterr()
+    run(data, tmp_path / "second", models["one"])
+    assert computed(capsys) == 1
+    for side in ("chosen", "rejected"):
+        rows[2][f"{side}_input_ids"][0] = 79
+    write_split(data, "preference", "train", rows)
+    run(data, tmp_path / "third", models["one"])
+    assert computed(capsys) == 2
+
+
+def test_c19_another_model_is_computed_anew_and_the_first_is_kept(data, models, tmp_path, capsys):
+    """C19: every weight counts, also a single one; and going back costs nothing."""
+    run(data, tmp_path / "first", models["one"])
+    capsys.readouterr()
+    run(data, tmp_path / "second", models["other"])
+    assert computed(capsys) == 2 * (NUM_TRAIN + NUM_VALIDATION)
+    nearly = offline.causal(models["one"])
+    with torch.no_grad():
+        nearly.model.norm.weight[3] += 1e-3
+    nearly.save_pretrained(tmp_path / "nearly")
+    run(data, tmp_path / "third", models["one"], reference=str(tmp_path / "nearly"))
+    assert computed(capsys) == 2 * (NUM_TRAIN + NUM_VALIDATION)
+    run(data, tmp_path / "fourth", models["one"])
+    assert computed(capsys) == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_c19_a_damaged_file_is_computed_anew(data, models, tmp_path, capsys, damage):
+    """C16: found by its checksum; the numbers are those of the first run."""
+    run(data, tmp_path / "first", models["one"])
+    capsys.readouterr()
+    (path,) = (Path(data) / "reference_logps").iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        content[-9] ^= 1
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    run(data, tmp_path / "second", models["one"])
+    assert computed(capsys) == 2 * (NUM_TRAIN + NUM_VALIDATION)
+    lines = [
+        [line["train/loss"] for line in metrics_of(tmp_path / n) if "train/loss" in line] for n in ("first", "second")
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_c19_a_folder_that_cannot_be_written_is_done_without(data, models, tmp_path, capsys):
+    (Path(data) / "reference_logps").write_text("a file in the folder's place")
+    run(data, tmp_path / "first", models["one"])
+    assert "cannot be written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_c19_stored_is_online(data, models, tmp_path, explicit):
+    """C19: after a step that moved the policy, the loss equals that with the reference run beside it, to 1e-6 a nat;
+    the reference is the start, or what --reference names."""
+    given = {"reference": models["other"]} if explicit else {}
+    run(data, tmp_path / "run", models["one"], shuffle=False, save_interval=1, **given)
+    before = offline.model_before(tmp_path / "run", 2, models["one"])
+    rows = [load_split(data, "preference", "train")[i] for i in range(4, 8)]
+    with torch.no_grad():
+        reference = offline.causal(models["other" if explicit else "one"])
+        _, expected = offline.dpo_numbers(offline.causal(before), reference, rows)
+    line = [line for line in metrics_of(tmp_path / "run") if "train/loss" in line][1]
+    assert line["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-5)
+    assert abs(line["train/loss"] - math.log(2)) > 1e-3
+
+
+def test_c19_the_reference_is_not_in_memory_while_training(data, models, tmp_path, monkeypatch):
+    """C19: at the first update one policy is alive, though two were loaded."""
+    loaded, alive = [], []
+    load, update = rlhf_dpo.load_policy, Step.update
+
+    def remembering(*args, **kwargs):
+        policy = load(*args, **kwargs)
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    def counting(self, *args, **kwargs):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in loaded))
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(rlhf_dpo, "load_policy", remembering)
+    monkeypatch.setattr(Step, "update", counting)
+    run(data, tmp_path / "run", models["one"], reference=models["other"])
+    assert len(loaded) == 2
+    assert alive == [1, 1]
+
+
+def test_no_reference_is_loaded_without_one(data, models, tmp_path, capsys):
+    """--reference_free: nothing is computed or stored, and the rewards are the policy's own log-probabilities."""
+    run(data, tmp_path / "run", models["one"], reference_free=True, max_steps=1, shuffle=False)
+    assert "no reference" in capsys.readouterr().out
+    assert not (Path(data) / "reference_logps").exists()
+    rows = [load_split(data, "preference", "train")[i] for i in range(4)]
+    _, expected = offline.dpo_numbers(offline.causal(models["one"]), None, rows)
+    assert metrics_of(tmp_path / "run")[0]["train/chosen_reward"] == pytest.approx(expected["train/chosen_reward"])
+
+
+def test_c31_held_out_curves_are_of_every_pair(data, models, tmp_path):
+    """C31: on held-out rows, chosen and rejected change per token, margin, accuracy, and KL to the reference, as plain
+    models compute them after two steps."""
+    run(data, tmp_path / "run", models["one"], save_interval=2, eval_iters=0)
+    rows = list(load_split(data, "preference", "validation"))
+    policy, reference = offline.causal(tmp_path / "run" / "final"), offline.causal(models["one"])
+    divergence = []
+    with torch.no_grad():
+        _, expected = offline.dpo_numbers(policy, reference, rows)
+        for row in rows:
+            for side in ("chosen", "rejected"):
+                ids, n = row[f"{side}_input_ids"], row["prompt_len"]
+                log_ratio = (offline.logps(reference, ids) - offline.logps(policy, ids))[n - 1 :]
+                divergence.append(log_ratio.exp() - 1 - log_ratio)
+    line = metrics_of(tmp_path / "run")[-1]
+    for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp_change_per_token",
+                 "rejected_logp_change_per_token"):  # fmt: skip
+        assert line[f"val/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-4, abs=1e-5), name
+    assert line["val/kl_k3_per_token"] == pytest.approx(torch.cat(divergence).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("allowed", "warns"), [(1e-4, True), (1e4, False)])
+def test_c31_a_falling_chosen_response_is_warned_of(data, models, tmp_path, capsys, allowed, warns):
+    """C31: a fall of more than --max_chosen_drop nats a token on held-out pairs."""
+    for seed in range(4):  # a step up the loss of some pairs moves others down
+        run(data, tmp_path / str(seed), models["one"], learning_rate=0.3, seed=seed, max_chosen_drop=allowed)
+        change = metrics_of(tmp_path / str(seed))[-1]["val/chosen_logp_change_per_token"]
+        warned = "warning: the chosen responses have lost" in capsys.readouterr().out
+        assert warned == (-change > allowed)
+        if change < -1e-3:
+            break
+    assert change < -1e-3
+    assert warned == warns
+
+
+def test_c31_an_sft_term_is_one_flag(data, models, tmp_path):
+    """C31: --sft_coef pulls the chosen responses up."""
+    final = []
+    for coef in (0.0, 5.0):
+        folder = tmp_path / str(coef)
+        run(data, folder, models["one"], sft_coef=coef, max_steps=6)
+        final.append(metrics_of(folder)[-1]["val/chosen_logp_change_per_token"])
+    assert final[1] > final[0]
