@@ -44,7 +44,7 @@ train() {
     [ ! -f "$OUT/$stage/summary.json" ] || return 0
     more="${stage^^}_FLAGS"
     set -- "rlhf/rlhf_$stage.py" --data_dir="$data" --experiment_dir="$OUT/$stage" "$@" "${extra[@]}" ${!more:-}
-    [ ! -d "$OUT/$stage/checkpoints" ] || set -- "$@" --resume=True
+    ! compgen -G "$OUT/$stage/checkpoints/step-*" >/dev/null || set -- "$@" --resume=True
     if [ "$DEVICES" = 1 ]; then
         run python "$@"
     else
