@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +45,8 @@ def start_experiment(flags: Any, script: str) -> Run:
     if not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
     fabric = make_fabric(flags)
-    fabric.launch()
+    if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
+        fabric.launch()
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     return Run(fabric, flags, script, folder)
