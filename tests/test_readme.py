@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import pytest
 
+from data_prep.custom import prepare_data as custom
 from rlhf import losses
 from rlhf.flags import parse
 from rlhf.rlhf_dpo import DPOFlags
@@ -30,6 +31,7 @@ from rlhf.rlhf_rm import main as rm
 from rlhf.rlhf_sft import SFTFlags
 from rlhf.rlhf_sft import main as sft
 from tests.splits import make_data, make_model_dir
+from tests.tiny_tokenizers import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -153,6 +155,27 @@ def test_several_devices_are_launched_by_fabric():
     ).stdout
     assert printed.startswith("+ fabric run --accelerator=auto --devices=2 --strategy=ddp rlhf/rlhf_dpo.py")
     check_parses(printed.removeprefix("+ "))
+
+
+def test_every_form_of_row_in_the_readme_is_accepted(tmp_path):
+    """C40: the JSON rows under "Your own data" go through data_prep/custom, each for the stage that it is meant for."""
+    (block,) = re.findall(r"^```json\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    rows = block.splitlines()
+    stages = ("finetune", "preference", "feedback", "prompts", "finetune", "preference")
+    make_tokenizer(bos=False, pad_is_eos=False).save_pretrained(tmp_path / "tokenizer")
+    for i, (row, stage) in enumerate(zip(rows, stages, strict=True)):
+        (tmp_path / "mine.jsonl").write_text(row + "\n")
+        found = custom.main(
+            custom.PrepareFlags(
+                destination_dir=str(tmp_path / f"data-{i}"),
+                tokenizer_name=str(tmp_path / "tokenizer"),
+                dataset_path=str(tmp_path / "mine.jsonl"),
+                stage=stage,
+                validation_percentage=0.0,
+                test_percentage=0.0,
+            )
+        )
+        assert found["counts"]["train"]["kept"] == 1, row
 
 
 def test_every_module_is_listed_and_every_listed_file_is_there():
