@@ -9,7 +9,7 @@ import torch
 
 from rlhf.trees.batches import cut, epoch_order, num_steps, rows_of_rank, rows_of_step
 from rlhf.trees.forest import Forest
-from rlhf.trees.rows import first_difference, halves, pair_tokens, pair_tree
+from rlhf.trees.rows import finetune_tree, first_difference, halves, pair_tokens, pair_tree
 
 
 def log_normal_lengths(num: int = 400, seed: int = 0) -> torch.Tensor:
@@ -102,3 +102,13 @@ def test_first_difference_by_hand(chosen, rejected, expected):
         "rejected_input_ids": torch.tensor([0, *rejected]),
     }
     assert first_difference(row) == expected
+
+
+def test_c10_turns_that_are_not_targets_do_not_count():
+    """C10: in a conversation, user turns inside the response part are masked; only the assistant's count."""
+    row = {
+        "prompt_len": 2,
+        "input_ids": torch.arange(10, 18),
+        "targets": torch.tensor([-100, -100, 12, 13, -100, -100, 16, 17]),
+    }
+    assert Forest([finetune_tree(row)]).target_index.tolist() == [2, 3, 6, 7]

@@ -128,9 +128,9 @@ def test_an_empty_prompt_predicts_no_first_token():
 
 
 def test_an_empty_response_ends_where_its_prompt_does():
-    forest = Forest([Tree.of(ids(1, 2), ids(), ids(3))])
-    assert forest.branch_last.tolist() == [1, 2]
-    assert forest.target_mask.tolist() == [[False], [True]]
+    forest = Forest([Tree.of(ids(1, 2), ids(), ids(3), ids())])
+    assert forest.branch_last.tolist() == [1, 2, 1]
+    assert forest.target_mask.tolist() == [[False], [True], [False]]
 
 
 def test_a_trunk_alone_is_a_path_without_targets():

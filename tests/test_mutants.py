@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Imported before forking, so that no mutant pays for it.
-PRELOAD = ("torch", "torch.nn.functional", "pytest")
+PRELOAD = ("torch", "torch.nn.functional", "pytest", "transformers.models.auto.tokenization_auto")
 SECONDS_PER_MUTANT = 60
 OPTIONS = ("-x", "--tb=short", "--assert=plain", "-o", "addopts=", "-p", "no:cacheprovider")
 UNCHANGED = "unchanged"
@@ -304,37 +304,45 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}-{mutant.new.strip()}")
 def test_rows_are_not_stale(mutant):
+    assert_not_stale(mutant)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each mutant")
+def test_every_mutant_is_noticed(tmp_path):
+    assert_noticed(MUTANTS, tmp_path)
+
+
+def assert_not_stale(mutant: Mutant) -> None:
     """The old text stands in the file exactly once, and the new one still compiles."""
     source = (ROOT / mutant.file).read_text(encoding="utf-8")
     assert source.count(mutant.old) == 1
     compile(source.replace(mutant.old, mutant.new), mutant.file, "exec")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each mutant")
-def test_every_mutant_is_noticed(tmp_path):
-    """At least one of a mutant's tests fails; all of them pass on the unchanged copy."""
-    everything = tuple(dict.fromkeys(test for mutant in MUTANTS for test in mutant.tests))
-    _copy(tmp_path / UNCHANGED, everything)
-    for index, mutant in enumerate(MUTANTS):
-        file = _copy(tmp_path / f"{index:03d}", mutant.tests) / mutant.file
+def assert_noticed(mutants: list[Mutant], parent: Path) -> None:
+    """At least one of a mutant's tests fails; all of them pass on the unchanged copy. `parent`: an empty folder."""
+    everything = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+    _copy(parent / UNCHANGED, everything)
+    for index, mutant in enumerate(mutants):
+        file = _copy(parent / f"{index:03d}", mutant.tests) / mutant.file
         source = file.read_text(encoding="utf-8")
         file.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
 
     # Nothing of the pytest that runs this may reach the ones it starts, nor any plugin they don't need.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-B", str(Path(__file__).resolve()), str(tmp_path)]
+    command = [sys.executable, "-B", str(Path(__file__).resolve()), str(parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)
 
     def told(name: str) -> str:
-        return (tmp_path / name / "output.txt").read_text(encoding="utf-8")
+        return (parent / name / "output.txt").read_text(encoding="utf-8")
 
     assert codes.pop(UNCHANGED) == pytest.ExitCode.OK, told(UNCHANGED)
-    assert len(codes) == len(MUTANTS)
+    assert len(codes) == len(mutants)
     for name, code in codes.items():
-        mutant = MUTANTS[int(name)]
+        mutant = mutants[int(name)]
         assert code == pytest.ExitCode.TESTS_FAILED, f"not noticed (exit {code}): {mutant}\n{told(name)}"
 
 

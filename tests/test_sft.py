@@ -82,16 +82,6 @@ def test_c1_the_eos_is_learnt_once_a_response(overfit):
         assert Forest([finetune_tree(row, use_targets=False)]).target_index.tolist() == list(range(1, size))
 
 
-def test_c10_turns_that_are_not_targets_do_not_count():
-    """C10: in a conversation, user turns inside the response part are masked; only the assistant's count."""
-    row = {
-        "prompt_len": 2,
-        "input_ids": torch.arange(10, 18),
-        "targets": torch.tensor([-100, -100, 12, 13, -100, -100, 16, 17]),
-    }
-    assert Forest([finetune_tree(row)]).target_index.tolist() == [2, 3, 6, 7]
-
-
 def test_stop_tokens_are_the_tokenizers_and_the_models(tmp_path):
     """Models may list several EOS tokens in their generation settings; one of them is enough to stop."""
     policy = load_policy(make_model_dir(tmp_path), ModelFlags(), trainable=False)
