@@ -31,8 +31,10 @@ def accuracy_of(correct: Tensor) -> dict[str, Any]:
     return {"n": n, "accuracy": right / n if n else None, "interval": [low, high]}
 
 
-def interval_of(values: Tensor, z: float = 1.96) -> dict[str, Any]:
+def interval_of(values: Tensor, z: float = 1.96, *, low: float = -math.inf, high: float = math.inf) -> dict[str, Any]:
     """`n`, `mean` and the 95 % `interval` of the mean of independent (N,) values (normal approximation).
+
+    `low` and `high` bound the values, and so the interval (0 and 1 for a rate).
 
     >>> interval_of(torch.tensor([1.0, 3.0]))["mean"]
     2.0
@@ -40,7 +42,7 @@ def interval_of(values: Tensor, z: float = 1.96) -> dict[str, Any]:
     n = values.numel()
     mean = values.double().mean().item()
     error = z * (values.double().var() / n).sqrt().item() if n > 1 else math.inf
-    return {"n": n, "mean": mean, "interval": [mean - error, mean + error]}
+    return {"n": n, "mean": mean, "interval": [max(low, mean - error), min(high, mean + error)]}
 
 
 def paired_p_value(differences: Tensor) -> float:

@@ -198,7 +198,7 @@ def main(flags: EvaluateFlags) -> dict:
                 found["reward_std"] = scores[name].std(correction=0).item()
                 difference = scores[name] - scores[baseline_name]
                 wins = ((difference > 0).double() + 0.5 * (difference == 0).double()).mean(1)
-                found["win_rate"] = {**interval_of(wins), "p_value": paired_p_value(wins - 0.5)}
+                found["win_rate"] = {**interval_of(wins, low=0.0, high=1.0), "p_value": paired_p_value(wins - 0.5)}
         answers[name] = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
         results[name] = found
         del policy
