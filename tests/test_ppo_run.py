@@ -80,14 +80,16 @@ def test_prompts_are_reshuffled_when_they_run_out(long_run):
 
 def test_every_epoch_is_a_new_order_of_the_rollout(long_run):
     """L3, L13: four epochs are four orders, each covers every response once, and no response is used again later."""
-    packed, used = iter(long_run.watched.packed), 0
+    packed, used, seen = iter(long_run.watched.packed), 0, set()
     for rows in long_run.watched.rows:
         orders = [[next(packed)[0] for _ in rows] for _ in range(4)]
+        seen.add(str(orders))
         assert all(sorted(order) == list(range(len(rows))) for order in orders)
         if len(rows) == 4:
             assert len({tuple(order) for order in orders}) == 4
         used += 4 * len(rows)
     assert used == len(long_run.watched.packed) == 4 * 2 * NUM_PROMPTS
+    assert len(seen) == 7  # six full rollouts have orders of their own; two of one row cannot
 
 
 def test_printed_plan_is_what_happens(long_run):

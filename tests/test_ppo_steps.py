@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from rlhf import rlhf_ppo
+from rlhf.advantages import RunningMoments
 from rlhf.errors import UserError
+from rlhf.experience import stack
+from rlhf.experiment.optimizers import make_optimizer
+from rlhf.losses.policy_gradient import ppo_policy_loss, ppo_value_loss
 from rlhf.losses.supervised import nll_loss
 from rlhf.models.loading import load_policy
+from rlhf.rlhf_ppo import pack, shaped_scores, targets_of
 from rlhf.trees.batches import rows_of_step
 from rlhf.trees.forest import Forest
 from rlhf.trees.rows import finetune_tree
@@ -61,6 +66,27 @@ def test_first_mini_batch_has_ratio_one(one_batch):
         assert line["train/ratio"] == pytest.approx(1, abs=1e-5)
         assert line["train/ratio_variance"] <= 1e-8
         assert line["train/clip_fraction"] == 0
+
+
+def test_gradients_are_those_of_two_token_means(world, one_batch):
+    """L1, L2, L5: the policy's loss is a mean over response tokens, the critic's 0.1 times one over its values, of
+    which there are more (the end states); the gradients of the first step are those of these means.
+    """
+    setting = set_up(flags_of(world, "unused", **ONE_STEP))
+    experiences = one_batch.experiences[0]
+    rollout = stack(experiences, 8)
+    scores = shaped_scores(rollout, setting.flags, RunningMoments())
+    targets = targets_of(rollout, scores, 0.05, setting.flags, 1)
+    batch = pack(experiences, targets, targets.advantages, list(range(8)))
+    token_logps, _ = setting.roles.actor(batch.forest, temperature=0.7)
+    values = setting.roles.critic(batch.forest, batch.value_index)
+    assert len(values) > len(token_logps)
+    ppo_policy_loss(token_logps, batch.old_logps, batch.advantages, clip_coef=0.2).mean().backward()
+    (0.1 * ppo_value_loss(values, batch.old_values, batch.returns, clip_coef=0.2).mean()).backward()
+    roles = (setting.roles.actor, setting.roles.critic)
+    groups = [make_optimizer(role, setting.flags, 1.0).param_groups for role in roles]
+    expected = [torch.cat([p.grad.flatten() for g in of_role for p in g["params"]]) for of_role in groups]
+    assert relative_gap([[e] for e in expected], one_batch.gradients, 0) < 1e-5
 
 
 @pytest.mark.parametrize(
