@@ -75,7 +75,16 @@ NEVER_IMPORTED = ("data_prep", "demos", "experiments", "tests")
 
 def imports_of(path: Path) -> Iterator[tuple[str, str]]:
     """(module, name or "") of every import statement in a file, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }  # never run: they order nothing
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, ""
