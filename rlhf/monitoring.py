@@ -94,7 +94,6 @@ def evaluate_sampling(
     """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
     limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
     rows = list(range(limit))
-    roles.critic.eval()
     experiences = collect(run, flags, roles, reward, prompts, rows, flags.eval_temperature)
     values = {
         "val/score": sum(e.score for e in experiences) / len(experiences),
