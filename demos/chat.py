@@ -159,20 +159,20 @@ def build(flags: ChatFlags) -> Any:
                     placeholder="No message yet",
                     elem_id="chat",
                 )
+                line = status_line()
                 message = gr.Textbox(
                     show_label=False,
                     label="Message",
-                    placeholder="Write a message; Enter sends it, Shift+Enter starts a new line",
+                    placeholder="Write a message; Enter sends it",
                     lines=1,
                     max_lines=8,
                     submit_btn="Send",
                     autofocus=True,
                     elem_id="message",
                 )
-                line = status_line()
             with gr.Column(scale=1, min_width=260):
                 controls = sampling_controls(flags, longest=1024)
-                cleared = gr.Button("Clear the conversation", elem_id="clear")
+                cleared = gr.Button("Clear the conversation", size="md")
                 with gr.Accordion("Prompt as the model reads it", open=False):
                     prompt_view = gr.Textbox(
                         show_label=False, container=False, lines=4, max_lines=20, interactive=False

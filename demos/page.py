@@ -5,10 +5,12 @@ Nothing leaves the machine: no analytics, no share link, no fonts or scripts fro
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 import os
 import random
+import socket
 import threading
 import traceback
 from collections.abc import Mapping
@@ -22,14 +24,20 @@ from rlhf.rollouts import Sampling
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 try:
+    import fastapi
     import gradio as gr
+    import uvicorn
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 except ImportError:
     gr = None
 
+LOOPBACK = ("127.0.0.1", "localhost")
+
 CSS = """
 .gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important; }
-.status { min-height: 1.5em; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
-.status .error { color: var(--error-text-color); }
+.status { min-height: 1.5em; }
+.status p { font-size: var(--text-sm); color: var(--block-info-text-color) !important; }
+.status p.error { color: var(--error-text-color) !important; }
 .status p, .heading p { margin: 0; overflow-wrap: anywhere; }
 .heading h1 { font-size: var(--text-xl); font-weight: 600; margin: 0; }
 footer { display: none !important; }
@@ -70,7 +78,7 @@ def account(label: str, answer: Reply, seconds: float, sampling: Sampling, forma
     tokens = f"{answer.num_tokens} token{'' if answer.num_tokens == 1 else 's'} in {seconds:.1f} s"
     choice = f"seed {sampling.seed}" if sampling.do_sample else "likeliest tokens"
     emptiness = "" if answer.text else "; the answer is empty"
-    return f"{label}: {tokens}, {answer.ended}{emptiness}; {choice}; {describe(format)}"
+    return f"{label}: {tokens}, {answer.ended}{emptiness}; {choice}; format: {describe(format)}"
 
 
 class Running:
@@ -145,37 +153,52 @@ def serve(page: Any, flags: ServingFlags, name: str) -> None:
     Raises:
         UserError: the address can't be had.
     """
-    page.queue(default_concurrency_limit=None)
+    server, listener = server_of(page, flags)
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host
+    with listener, contextlib.suppress(KeyboardInterrupt):
+        print(f"{name}: open http://{host}:{flags.port}", flush=True)
+        server.run(sockets=[listener])
+
+
+def server_of(page: Any, flags: ServingFlags) -> tuple[uvicorn.Server, socket.socket]:
+    """A web server for a page, and the socket that it is to listen on, already bound.
+
+    Gradio's own `launch` is not used: it asks for a public link where its first request to itself takes long.
+
+    Raises:
+        UserError: the address can't be had.
+    """
     try:
-        _, url, _ = page.launch(**launch_options(flags))
-    except OSError:
+        family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
+        listener = socket.create_server((flags.host, flags.port), family=family)
+    except OSError as error:
         raise UserError(
-            f"--host={flags.host} --port={flags.port} can't be listened on (taken by another program?); give another "
-            f"--port"
+            f"--host={flags.host} --port={flags.port} can't be listened on ({error.strerror}); give another --port"
         ) from None
-    print(f"{name}: open {url}", flush=True)
-    page.block_thread()
+    outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if flags.host in LOOPBACK:
+        # A page from elsewhere may not reach this one under a name of its own that points here.
+        outer.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    app = gr.mount_gradio_app(outer, page, path="/", **mount_options(flags))
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+    return uvicorn.Server(config), listener
 
 
-def launch_options(flags: ServingFlags) -> dict[str, Any]:
-    """Gradio's settings: bound to one address, nothing shared, recorded or fetched."""
+def mount_options(flags: ServingFlags) -> dict[str, Any]:
+    """Gradio's settings: nothing shared, recorded or fetched from elsewhere."""
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     return {
         "server_name": flags.host,
         "server_port": flags.port,
-        "share": False,
-        "inbrowser": False,
-        "prevent_thread_lock": True,
-        "quiet": True,
         "footer_links": [],
         "run_history": False,
+        "show_error": False,
         "enable_monitoring": False,
         "ssr_mode": False,
         "pwa": False,
         "mcp_server": False,
-        "theme": gr.themes.Default(
-            primary_hue="blue",
-            font=["system-ui", "sans-serif"],
-            font_mono=["ui-monospace", "monospace"],
-        ),
+        "theme": theme.set(block_info_text_color="*neutral_500", input_placeholder_color="*neutral_500"),
         "css": CSS,
     }

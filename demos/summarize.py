@@ -136,23 +136,23 @@ def build(flags: SummarizeFlags) -> Any:
                 model = gr.Dropdown(list(by_label), value=checkpoints[0].label, label="Model", filterable=False)
                 with gr.Row():
                     subreddit = gr.Textbox(label="Subreddit (optional)", placeholder="relationships", min_width=150)
-                    title = gr.Textbox(label="Title (optional)", scale=2, min_width=200)
+                    title = gr.Textbox(label="Title (optional)", scale=2, max_lines=3, min_width=300)
                 post = gr.Textbox(label="Post", lines=9, max_lines=18, elem_id="post")
                 with gr.Row():
                     start = gr.Button("Summarise", variant="primary", min_width=120)
                     stop_button = gr.Button("Stop", variant="stop", visible=False, min_width=120)
                     cleared = gr.Button("Clear", min_width=120)
                 summary = gr.Textbox(
-                    label="TL;DR", lines=3, max_lines=12, interactive=False, buttons=["copy"], elem_id="summary"
+                    label="TL;DR", lines=5, max_lines=12, interactive=False, buttons=["copy"], elem_id="summary"
                 )
                 line = status_line()
+                gr.Examples(EXAMPLES, [subreddit, title, post], example_labels=[row[1] for row in EXAMPLES])
             with gr.Column(scale=1, min_width=260):
                 controls = sampling_controls(flags, longest=512)
                 with gr.Accordion("Prompt as the model reads it", open=False):
                     prompt_view = gr.Textbox(
                         show_label=False, container=False, lines=4, max_lines=20, interactive=False
                     )
-        gr.Examples(EXAMPLES, [subreddit, title, post], example_labels=[title for _, title, _ in EXAMPLES])
         shown = [subreddit, title, post, summary, prompt_view, line, start, stop_button]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         writing = start.click(summarize, [subreddit, title, post, model, *controls], shown, **quiet)
