@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a pretrained model to an aligned one: data, SFT, reward model, PPO, DPO, and a table of what each has done.
 #     bash experiments/quickstart.sh
-# On a CPU with 2 cores it takes about ten minutes, its own installation included. In the environment:
+# On a CPU with 2 cores it takes about a quarter of an hour, its own installation included. In the environment:
 #     MODEL     hub id or folder of the pretrained model   (SmolLM2-135M-Instruct, from a package)
 #     DATASET   sample (in this repository), hh, tldr, or a file or folder of preference pairs as in Anthropic/hh-rlhf
 #     DEVICES   devices for training; more than one are launched by `fabric run` with DDP   (1)
@@ -62,21 +62,21 @@ done
 common=(--data_dir="$data" --save_interval=0 --micro_batch_size=8 --mini_batch_size=8 --max_new_tokens=48)
 step "supervised fine-tuning"
 train rlhf_sft "${common[@]}" --model_name="$MODEL" --experiment_dir="$OUT/sft" --learning_rate=2e-5 \
-    --lr_warmup_steps=5 --max_steps="$(least 36)" --eval_interval=18 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 40)" --eval_interval=20 --eval_iters=4
 
 step "reward model"
 train rlhf_rm "${common[@]:0:4}" --sft_experiment_dir="$OUT/sft" --experiment_dir="$OUT/rm" --learning_rate=2e-5 \
-    --lr_warmup_steps=5 --max_steps="$(least 64)" --eval_interval=32 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 70)" --eval_interval=35 --eval_iters=4
 
 step "PPO"
 train rlhf_ppo "${common[@]}" --sft_experiment_dir="$OUT/sft" --rm_experiment_dir="$OUT/rm" \
     --experiment_dir="$OUT/ppo" --rollout_size=16 --rollout_mini_batch_size=16 --ppo_epochs=1 \
-    --actor_learning_rate=3e-5 --critic_learning_rate=3e-5 --init_kl_coeff=0.02 --max_steps="$(least 18)" \
-    --eval_interval=18 --eval_iters=2
+    --actor_learning_rate=3e-5 --critic_learning_rate=3e-5 --init_kl_coeff=0.02 --max_steps="$(least 25)" \
+    --eval_interval=25 --eval_iters=2
 
 step "DPO"
 train rlhf_dpo "${common[@]}" --sft_experiment_dir="$OUT/sft" --experiment_dir="$OUT/dpo" --learning_rate=5e-6 \
-    --lr_warmup_steps=5 --max_steps="$(least 36)" --eval_interval=18 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 40)" --eval_interval=20 --eval_iters=4
 
 step "what each stage has done, on held-out data"
 python rlhf/rlhf_evaluate.py --data_dir="$data" --models base="$MODEL" sft="$OUT/sft" ppo="$OUT/ppo" dpo="$OUT/dpo" \
