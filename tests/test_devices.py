@@ -141,7 +141,11 @@ def test_fabric_run_starts_a_script_on_two_processes(tmp_path):
         "--max_steps=2", "--logger=none", "--precision=32-true", "--mini_batch_size=3", "--max_new_tokens=4",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    # In a session of its own: the launcher signals its whole process group when it ends.
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        start_new_session=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "6 rows a step (3 on each of 2 devices" in done.stdout
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 2]
