@@ -188,6 +188,30 @@ def test_a_missing_weight_is_an_error(tmp_path, folders):
         load_policy(str(tmp_path), ModelFlags())
 
 
+@pytest.mark.parametrize("finetune_mode", ["all", "lora"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "overwritten"])
+def test_a_broken_weight_file_is_one_sentence_that_names_it(tmp_path, folders, damage, finetune_mode):
+    """A copy that was cut short, a full disk: of whole models and of adapters, in one file and in several."""
+    flags, tokenizer = ModelFlags(finetune_mode=finetune_mode), tokenizer_for()
+    policy = load_policy(folders["policy"], ModelFlags(finetune_mode="lora"))
+    save_model(policy, tokenizer, tmp_path / "adapter")
+    whole = load_policy(folders["policy"], ModelFlags()).model
+    whole.save_pretrained(tmp_path / "model")
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    for name, place in (("adapter", 0), ("model", 0), ("sharded", -1)):
+        load_policy(str(tmp_path / name), flags)
+        file = sorted((tmp_path / name).glob("*.safetensors"))[place]
+        content = file.read_bytes()
+        file.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "overwritten": b"\x93 no " * 40}[damage])
+        with pytest.raises(UserError, match=rf"the weights in {file} cannot be read \(.+\); write or copy"):
+            load_policy(str(tmp_path / name), flags)
+    torch.save(whole.state_dict(), tmp_path / "pytorch_model.bin")
+    whole.config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"the weights in {tmp_path} cannot be read \(it ends too early\)"):
+        load_policy(str(tmp_path), flags)
+
+
 def test_what_is_no_policy_is_named(tmp_path, folders):
     with pytest.raises(UserError, match="is a reward model"):
         load_policy(folders["reward"], ModelFlags())
@@ -204,9 +228,12 @@ def test_what_is_no_policy_is_named(tmp_path, folders):
 
 
 def test_resolve_takes_an_experiment_a_model_or_a_hub_id(tmp_path, folders):
-    """`final/` before the last checkpoint; a path that is none is an error that names its flag."""
+    """`final/` before the last checkpoint before the best one; a path that is none is an error with its flag."""
     experiment = tmp_path / "run"
-    checkpoint = experiment / "checkpoints" / "step-00000002"
+    checkpoint, best = experiment / "checkpoints" / "step-00000002", experiment / "checkpoints" / "best"
+    (best / "model").mkdir(parents=True)
+    (best / "model" / "config.json").touch()
+    assert resolve(str(experiment), "x") == resolve(str(best), "x") == str(best / "model")
     (checkpoint / "model").mkdir(parents=True)
     (checkpoint / "model" / "config.json").touch()
     (experiment / "checkpoints" / "last").symlink_to("step-00000002")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import PeftModel, TaskType
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,7 +40,9 @@ REWARD_MEAN, REWARD_SCALE = "reward_mean", "reward_scale"
 def resolve(source: str | None, flag: str) -> str:
     """The model folder behind `source`, an experiment folder, or `source` itself for a hub id or model folder.
 
-    An experiment gives its `final/`, or while it has none its last checkpoint.
+    An experiment gives its newest weights: `final/`, or while it has none its last checkpoint; the best evaluation's
+    only where a run was stopped before its first checkpoint. Where there is more, `<experiment>/checkpoints/best`
+    asks for the best one.
 
     Raises:
         UserError: no source, or a path that holds no model.
@@ -48,7 +54,9 @@ def resolve(source: str | None, flag: str) -> str:
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise UserError(f"--{flag}={source}: there is no such folder; give a model, an experiment or a hub id")
         return source
-    for folder in (path, path / "final", path / "checkpoints" / "last" / "model", path / "model"):
+    checkpoints = path / "checkpoints"
+    in_order = path, path / "final", checkpoints / "last" / "model", checkpoints / "best" / "model", path / "model"
+    for folder in in_order:
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return str(folder)
     raise UserError(
@@ -83,14 +91,15 @@ def load_policy(source: str, flags: ModelFlags, *, trainable: bool = True) -> Po
     base = adapter_base(source)
     model: PreTrainedModel | PeftModel = _load(AutoModelForCausalLM, base or source, flags)
     adapter = KEEP
-    if trainable and flags.finetune_mode == "lora":
-        model = with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
-        if base:
-            model.load_adapter(source, "reference", is_trainable=False)
-            model.set_adapter("default")
-        adapter = "default"
-    elif base:
-        model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
+    with _reading(source):
+        if trainable and flags.finetune_mode == "lora":
+            model = with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
+            if base:
+                model.load_adapter(source, "reference", is_trainable=False)
+                model.set_adapter("default")
+            adapter = "default"
+        elif base:
+            model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
     return Policy(_prepare(model, flags, trainable), uses_trees=_probe(model, source), adapter=adapter)
 
 
@@ -116,11 +125,12 @@ def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_h
         head = model.score
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     adapter = KEEP
-    if trainable and flags.finetune_mode == "lora":
-        model = with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
-        adapter = "default"
-    elif base:
-        model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
+    with _reading(source):
+        if trainable and flags.finetune_mode == "lora":
+            model = with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
+            adapter = "default"
+        elif base:
+            model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
     uses_trees = _probe(model, source)
     _prepare(model, flags, trainable)
     scorer = Scorer(model, unwrapped(model).score, uses_trees=uses_trees, adapter=adapter)
@@ -177,13 +187,14 @@ def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None
     if num_labels is not None:
         config.num_labels = num_labels
     try:
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=flags.trust_remote_code,
-            output_loading_info=True,
-        )
+        with _reading(source):
+            model, info = kind.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=flags.trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(_why(source, error)) from None
     missing = [name for name in info["missing_keys"] if needs_head or not name.startswith("score")]
@@ -195,6 +206,28 @@ def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None
         raise UserError(f"{source} lacks the weights of {missing[0]}; the folder is incomplete: copy it again")
     model.config.use_cache = False
     return model
+
+
+@contextmanager
+def _reading(folder: str) -> Iterator[None]:
+    """Name the file of `folder` that is cut or overwritten, where weights turn out not to be readable.
+
+    What the libraries raise says neither the file nor the folder.
+    """
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        broken = next((str(file) for file in sorted(Path(folder).glob("*.safetensors")) if not _opens(file)), folder)
+        reason = str(error).partition("\n")[0] or "it ends too early"
+        raise UserError(f"the weights in {broken} cannot be read ({reason}); write or copy the file again") from None
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _check_architecture(source: str, config: PretrainedConfig, kind) -> None:
