@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
+from rlhf.errors import UserError
 from rlhf.models.forward import enable_checkpointing, packed_states
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
@@ -199,13 +202,18 @@ def test_checkpointing_gives_the_same_gradients(architecture):
 
 
 def test_checkpointing_recomputes():
-    """The layers run again in the backward pass."""
+    """The layers run again in the backward pass; no library warns of how it was switched on."""
     policy, calls = policy_of("llama"), []
     policy.train()
-    enable_checkpointing(policy.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_checkpointing(policy.model)
     policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy(Forest(branched()))[0].sum().backward()
     assert len(calls) == 2
+    policy.model.supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match="LlamaForCausalLM has no --gradient_checkpointing"):
+        enable_checkpointing(policy.model)
 
 
 def test_mixed_precision_stays_near_float32():

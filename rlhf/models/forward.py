@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.errors import UserError
 from rlhf.models.attention import TreeAttention, active_plan, attending
 from rlhf.trees.forest import Forest
 
@@ -89,10 +90,20 @@ def accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def enable_checkpointing(model: PreTrainedModel | PeftModel) -> None:
-    """Recompute activations in the backward pass, under the attention plan of their forward pass."""
+    """Recompute activations in the backward pass, under the attention plan of their forward pass.
+
+    Raises:
+        UserError: the architecture has no such switch.
+    """
 
     def contexts():
         return nullcontext(), attending(active_plan())
 
     hf = unwrapped(model)
-    hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts})
+    if not hf.supports_gradient_checkpointing:
+        raise UserError(f"{type(hf).__name__} has no --gradient_checkpointing; leave it at False")
+    settings = {"use_reentrant": False, "context_fn": contexts}
+    if hasattr(hf, "activation_checkpointing_enable"):
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:  # its name in earlier releases of transformers
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
