@@ -31,6 +31,9 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
     `--args_file args.json` supplies values first (the `args.json` of an experiment repeats its run); flags on the
     command line override it. Booleans take a value (`--shuffle=False`); dashes and underscores both work.
 
+    A run's own args.json says what was run, not where: its repeat gets a folder of its own, and `--resume=True`
+    beside it goes on in the folder in which the file lies. A file that stands elsewhere is taken word for word.
+
     Raises:
         UserError: an args file that is missing, not JSON, or holds a key that is no flag of this script.
         SystemExit: status 2, after argparse's one-line message, for an unknown flag or a value of a wrong type.
@@ -43,10 +46,15 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
         formatter_class=_HelpFormatter,
         add_config_path_arg=False,
     )
-    parser.add_arguments(flags_class, dest="flags", default=_from_args_file(flags_class, argv))
+    args_file = _args_file(argv)
+    default = None if args_file is None else _from_args_file(flags_class, args_file)
+    parser.add_arguments(flags_class, dest="flags", default=default)
     parser._preprocessing(args=argv)  # simple-parsing adds the actions late; grouping needs them now
     _group_actions(parser, flags_class)
-    return parser.parse_args(argv).flags
+    flags = parser.parse_args(argv).flags
+    if args_file is not None and _is_of_a_run(args_file) and flags.resume and flags.experiment_dir is None:
+        flags.experiment_dir = str(args_file.parent)
+    return flags
 
 
 def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
@@ -63,14 +71,20 @@ def _description(flags_class: type) -> str:
     return ((module and module.__doc__) or flags_class.__doc__ or "").strip()
 
 
-def _from_args_file(flags_class: type[Flags], argv: list[str]) -> Flags | None:
+def _args_file(argv: list[str]) -> Path | None:
     path = None
     for i, argument in enumerate(argv):
         name, _, value = argument.partition("=")
         if name in ("--args_file", "--args-file"):
             path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
-    if path is None:
-        return None
+    return path
+
+
+def _is_of_a_run(path: Path) -> bool:
+    return path.name == "args.json" and (path.parent / "environment.json").is_file()
+
+
+def _from_args_file(flags_class: type[Flags], path: Path) -> Flags:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -92,6 +106,8 @@ def _from_args_file(flags_class: type[Flags], argv: list[str]) -> Flags | None:
     }
     if required - set(values):
         raise UserError(f"--args_file {path} lacks {sorted(required - set(values))[0]!r}; add it")
+    if _is_of_a_run(path):
+        values = {name: value for name, value in values.items() if name not in ("experiment_dir", "resume")}
     return flags_class(**values)
 
 
@@ -249,7 +265,7 @@ class RunFlags:
     logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"
     """Where metrics go besides metrics.jsonl."""
     args_file: str | None = None
-    """JSON file of flags, such as the args.json of an experiment to repeat; flags on the command line win."""
+    """JSON file of flags, such as the args.json of a run to repeat in a new folder; flags on the command line win."""
 
 
 @dataclass(kw_only=True)

@@ -123,6 +123,24 @@ def test_args_file_repeats_a_run_and_the_command_line_wins(tmp_path):
     assert parse(SomeFlags, ["--args-file", str(path), "--rate=3"]).rate == 3
 
 
+def test_args_file_of_a_run_says_what_was_run_and_not_where(tmp_path):
+    """Repeating gets a folder of its own, unless the command line names one; resuming goes on beside the file, also
+    where the folder was moved; a file that is no run's is taken word for word."""
+    path, given = tmp_path / "args.json", {"data_dir": "d", "rate": 2.0, "experiment_dir": "old", "resume": True}
+    path.write_text(json.dumps(given))
+    own = parse(SomeFlags, [f"--args_file={path}"])
+    assert (own.experiment_dir, own.resume) == ("old", True)
+    (tmp_path / "environment.json").write_text("{}")
+    for argv, folder, resume in (
+        ([], None, False),
+        (["--experiment_dir=new"], "new", False),
+        (["--resume=True"], str(tmp_path), True),
+        (["--resume=True", "--experiment_dir=new"], "new", True),
+    ):
+        flags = parse(SomeFlags, [f"--args_file={path}", *argv])
+        assert (flags.experiment_dir, flags.resume, flags.rate) == (folder, resume, 2.0)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -141,7 +141,8 @@ class Run:
         """Create the experiment folder, or take up the one that is resumed."""
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "args.json", dataclasses.asdict(self.flags))
+            arguments = {**dataclasses.asdict(self.flags), "experiment_dir": str(self.folder)}
+            write_json(self.folder / "args.json", arguments)
             write_json(self.folder / "environment.json", environment(self.fabric))
             write_json(self.folder / "data.json", self._data_info)
             self.logs = Logs(self.folder, self.flags.logger, self.script, resume_at=self.step_index)
