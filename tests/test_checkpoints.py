@@ -16,6 +16,7 @@ from rlhf.experiment.checkpoints import FREE_TO_CHANGE, Checkpoints
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.models.loading import load_policy, load_scorer
 from rlhf.rlhf_dpo import DPOFlags
+from rlhf.rlhf_ppo import PPOFlags
 from rlhf.rlhf_rm import RMFlags
 from rlhf.rlhf_sft import SFTFlags
 from rlhf.trees.forest import Forest, Tree
@@ -61,8 +62,8 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def store_in(folder: Path, keep: int = 0) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", keep=keep)
+def store_in(folder: Path, keep: int = 0, world_size: int = 1) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", keep=keep, world_size=world_size)
 
 
 @pytest.mark.parametrize("mode", ["all", "last_layer", "lora"])
@@ -193,6 +194,41 @@ def test_flags_that_would_make_it_another_run_are_refused(tmp_path, source):
         Lab(source, learning_rate=0.5).load(store)
     with pytest.raises(UserError, match="--seed=1 differs from 42"):
         Lab(source, seed=1).load(store)
+
+
+@pytest.mark.parametrize(
+    ("each", "world_size", "complaint"),
+    [
+        (8, 1, None),
+        (4, 2, None),
+        (1, 8, None),
+        (8, 2, r"=8 on each of 2 device\(s\) is 16 in all, and .* has 8 on each of 1, 8 in all; .*mini_batch_size=4"),
+        (4, 1, r"=4 on each of 1 device\(s\) is 4 in all, .* 8 in all; resume with --mini_batch_size=8"),
+        (2, 3, r"=2 on each of 3 device\(s\) is 6 in all, .*; resume on a number of devices that divides 8"),
+    ],
+)
+def test_c27_a_step_keeps_its_size_on_other_devices(tmp_path, source, each, world_size, complaint):
+    """C27: a resumed run may share a step's rows out anew; a step of other rows is refused with both numbers."""
+    Lab(source, mini_batch_size=8).save(store_in(tmp_path), 1)
+    lab, store = Lab(source, mini_batch_size=each), store_in(tmp_path, world_size=world_size)
+    if complaint is None:
+        assert lab.load(store)[0] == 1
+        return
+    with pytest.raises(UserError, match=complaint):
+        lab.load(store)
+
+
+def test_whitening_on_each_device_apart_keeps_the_devices(tmp_path, source):
+    """PPO's rollout counts as the mini-batch does; the number of devices matters with --advantage_scope=rank."""
+    lab = Lab(source)
+    lab.flags = PPOFlags(data_dir="data", rollout_size=16, mini_batch_size=4, advantage_scope="rank")
+    lab.save(store_in(tmp_path), 1)
+    lab.flags = dataclasses.replace(lab.flags, rollout_size=8, mini_batch_size=2)
+    with pytest.raises(UserError, match=r"--advantage_scope=rank .* has 1 devices, not 2; resume it on 1"):
+        lab.load(store_in(tmp_path, world_size=2))
+    lab.flags.rollout_size = 16
+    with pytest.raises(UserError, match=r"--rollout_size=16 .*; resume with --rollout_size=8"):
+        lab.load(store_in(tmp_path, world_size=2))
 
 
 def test_flags_free_to_change_are_flags():

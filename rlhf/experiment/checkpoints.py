@@ -46,7 +46,10 @@ FREE_TO_CHANGE = {
     "skip_nonfinite_steps",
     "strategy",
 }
-"""Flags that a resumed run may change: none of them changes its weights but by rounding."""
+"""Flags that a resumed run may change: none of them changes its weights but by rounding (and dropout's masks)."""
+
+PER_DEVICE = ("mini_batch_size", "rollout_size")
+"""Flags that count on each device: a resumed run may share the same rows out over another number of devices."""
 
 
 BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
@@ -54,10 +57,15 @@ BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError
 
 
 class Checkpoints:
-    """The `checkpoints` folder of one run."""
+    """The `checkpoints` folder of one run.
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    Args:
+        keep: how many of the latest are kept; 0 keeps all.
+        world_size: devices that share the rows of a step.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, world_size: int = 1) -> None:
+        self.folder, self.keep, self.world_size = folder, keep, world_size
 
     def save(
         self,
@@ -78,7 +86,8 @@ class Checkpoints:
                     save_file(_trained(role), temporary / f"{name}.safetensors")
             for name, optimizer in optimizers.items():
                 torch.save(optimizer.state_dict(), temporary / f"{name}.pt")
-            state = {"step": step, "flags": dataclasses.asdict(flags), "extra": extra}
+            flags_now = dataclasses.asdict(flags)
+            state = {"step": step, "flags": flags_now, "world_size": self.world_size, "extra": extra}
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         link = self.folder / f".last.{os.getpid()}.tmp"
         link.unlink(missing_ok=True)
@@ -110,6 +119,9 @@ class Checkpoints:
 
         Returns:
             The number of steps it was saved after, and the extra state.
+
+        Raises:
+            UserError: no checkpoint is whole, one is of another model, or the flags would make it another run.
         """
         for folder in reversed(self.steps()):
             try:
@@ -119,11 +131,13 @@ class Checkpoints:
                     for name in optimizers
                 }
                 weights = {name: _read(folder, name, role) for name, role in models.items()}
+                saved_flags, saved_world_size = state["flags"], state["world_size"]
             except BROKEN as error:
                 reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 print(f"note: the checkpoint {folder} is broken ({reason}); trying an older one")
                 continue
-            _check_flags(flags, state["flags"], folder)
+            _check_flags(flags, saved_flags, folder)
+            _check_batches(flags, self.world_size, saved_flags, saved_world_size, folder)
             for name, role in models.items():
                 _load(name, role, weights[name], f"{folder} ({name})")
             for name, optimizer in optimizers.items():
@@ -172,8 +186,33 @@ def _copy(parameters: dict[str, torch.Tensor], weights: dict[str, torch.Tensor],
 
 def _check_flags(flags: Any, saved: dict[str, Any], folder: Path) -> None:
     for name, value in dataclasses.asdict(flags).items():
-        if name not in FREE_TO_CHANGE and name in saved and saved[name] != json.loads(json.dumps(value)):
+        if (
+            name not in {*FREE_TO_CHANGE, *PER_DEVICE}
+            and name in saved
+            and saved[name] != json.loads(json.dumps(value))
+        ):
             raise UserError(
                 f"--{name}={value} differs from {saved[name]!r} of the run in {folder}; resume with the same value, or "
                 f"start another run"
             )
+
+
+def _check_batches(flags: Any, world_size: int, saved: dict[str, Any], saved_world_size: int, folder: Path) -> None:
+    """A step must have the same rows over all devices: they are dealt out from one order, device by device."""
+    for name in PER_DEVICE:
+        each, before = getattr(flags, name, None), saved.get(name)
+        if each is None or each * world_size == before * saved_world_size:
+            continue
+        whole = before * saved_world_size
+        remedy = f"on a number of devices that divides {whole}"
+        if whole % world_size == 0:
+            remedy = f"with --{name}={whole // world_size}"
+        raise UserError(
+            f"--{name}={each} on each of {world_size} device(s) is {each * world_size} in all, and the run in {folder} "
+            f"has {before} on each of {saved_world_size}, {whole} in all; resume {remedy}"
+        )
+    if getattr(flags, "advantage_scope", None) == "rank" and world_size != saved_world_size:
+        raise UserError(
+            f"--advantage_scope=rank whitens on each device apart, and the run in {folder} has {saved_world_size} "
+            f"devices, not {world_size}; resume it on {saved_world_size}"
+        )

@@ -69,7 +69,7 @@ class Run:
         self.total_steps = 0
         self.skipped_steps = 0
         self.modules: list[nn.Module] = []
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=flags.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=flags.keep_checkpoints, world_size=self.world_size)
         self.logs: Logs | None = None
         self.interrupted = False
         self._stop_requested = False
