@@ -18,6 +18,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_dpo.py -
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,37 +121,46 @@ def evaluate(
     """Loss, implicit-reward accuracy and the curves of `measure` over `--eval_iters` mini-batches."""
     policy.eval()
     metrics = run.metrics()
-    for rows in [*run.batches(len(split), flags.eval_iters)] or [[0]]:
+    # Fewer rows than devices: one without any takes the first, which counts for nothing, to know the names.
+    mine = [*run.batches(len(split), flags.eval_iters)]
+    weight = 1.0 if mine else 0.0
+    for rows in mine or [[0]]:
         forest = Forest([pair_tree(split[i]) for i in rows]).to(run.device)
         token_logps, _ = policy(forest)
         policy_logps, lengths = forest.per_branch(token_logps), forest.target_mask.sum(1).clamp(min=1)
         ref_logps = torch.zeros_like(policy_logps) if reference is None else reference.sums(rows)
         losses = pair_losses(flags, policy_logps, ref_logps, lengths)
-        measure(metrics, "val", flags.beta, losses, policy_logps, ref_logps, lengths)
+        measure(metrics, "val", flags.beta, losses, policy_logps, ref_logps, lengths, weight)
         if reference is not None:
-            divergence = kl_k3(token_logps, reference.tokens(rows))
-            metrics.add("val/kl_k3_per_token", divergence.sum(), divergence.numel())
+            metrics.mean("val/kl_k3_per_token", kl_k3(token_logps, reference.tokens(rows)), weight)
     policy.train()
     return metrics.reduce()
 
 
-def reference_of(run: Run, flags: DPOFlags, policy: torch.nn.Module, source: str, splits: list[Split | None]):
-    """Stored log-probabilities of every split under the reference; None for each where there is no reference."""
+def references_of(
+    run: Run, flags: DPOFlags, policy: torch.nn.Module, source: str, train: Split, validation: Split | None
+) -> tuple[ReferenceLogps | None, ReferenceLogps | None]:
+    """Stored log-probabilities, under the reference, of the rows of both splits that this run will use.
+
+    None for a split that isn't there, and for both with `--reference_free`.
+    """
     if flags.reference_free:
         run.say("rlhf_dpo: no reference (--reference_free)")
-        return [None] * len(splits)
+        return None, None
     if flags.reference:
         name = resolve(flags.reference, "reference")
         policy = run.fabric.setup_module(load_policy(name, flags, trainable=False))
     else:
         name = f"{source}, the policy as this run starts"
-    found = [
-        None if split is None else reference_logps(
-            run, policy, len(split), lambda i, split=split: pair_tree(split[i]),
-            Path(flags.data_dir) / "reference_logps", micro_batch_size=flags.micro_batch_size,
-        )
-        for split in splits
-    ]  # fmt: skip
+
+    def stored(split: Split, rows: Sequence[int]) -> ReferenceLogps:
+        folder = Path(flags.data_dir) / "reference_logps"
+        size = flags.micro_batch_size
+        return reference_logps(run, policy, rows, lambda i: pair_tree(split[i]), folder, micro_batch_size=size)
+
+    found = stored(train, run.rows_to_train(len(train))), None
+    if validation is not None:
+        found = found[0], stored(validation, run.rows_to_evaluate(len(validation), flags.eval_iters))
     computed = sum(r.computed for r in found if r is not None)
     run.say(f"rlhf_dpo: the reference is {name}; {computed} of its log-probabilities computed, the others on disk")
     return found
@@ -164,9 +174,9 @@ def main(flags: DPOFlags) -> dict:
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("preference", tokenizer)
     policy = run.setup(load_policy(source, flags))
-    train_reference, validation_reference = reference_of(run, flags, policy, source, [train, validation])
-    optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     run.plan(len(train), what="pairs")
+    train_reference, validation_reference = references_of(run, flags, policy, source, train, validation)
+    optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)
     run.open()

@@ -7,6 +7,7 @@ import math
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,12 @@ import torch
 
 from rlhf import rlhf_dpo
 from rlhf.data.splits import load_split, write_split
-from rlhf.experiment.run import Step
+from rlhf.experiment.metrics import Metrics
+from rlhf.experiment.reference import ReferenceLogps
+from rlhf.experiment.run import Run, Step
+from rlhf.models.loading import load_policy
 from rlhf.rlhf_dpo import DPOFlags, main
+from rlhf.trees.batches import rows_of_step
 from tests import offline
 from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
 
@@ -48,8 +53,7 @@ def test_c19_a_second_run_computes_nothing_and_is_the_same(data, models, tmp_pat
     assert computed(capsys) == 2 * (NUM_TRAIN + NUM_VALIDATION)
     run(data, tmp_path / "again", models["one"])
     assert computed(capsys) == 0
-    lines = [[line.get("train/loss") for line in metrics_of(tmp_path / name)] for name in ("first", "again")]
-    assert lines[0] == lines[1]
+    assert same_losses(tmp_path / "first", tmp_path / "again")
     run(data, tmp_path / "changed", models["one"], learning_rate=0.5, shuffle=False, micro_batch_size=1)
     assert computed(capsys) == 0
 
@@ -84,6 +88,47 @@ def test_c19_another_model_is_computed_anew_and_the_first_is_kept(data, models, 
     assert computed(capsys) == 2 * (NUM_TRAIN + NUM_VALIDATION)
     run(data, tmp_path / "fourth", models["one"])
     assert computed(capsys) == 0
+
+
+def test_c19_a_short_run_computes_the_rows_that_it_uses(data, models, tmp_path, capsys):
+    """C19: three of 8 pairs, evaluated on 1 of 4: the others are computed when a run comes to them."""
+    small = {"mini_batch_size": 1, "micro_batch_size": 4, "eval_iters": 1}
+    run(data, tmp_path / "one", models["one"], max_steps=3, **small)
+    assert computed(capsys) == 2 * (3 + 1)
+    run(data, tmp_path / "two", models["one"], max_steps=5, **small)
+    assert computed(capsys) == 2 * 2
+    run(data, tmp_path / "all", models["one"], max_steps=11, **{**small, "eval_iters": 0})
+    assert computed(capsys) == 2 * (NUM_TRAIN - 5 + NUM_VALIDATION - 1)
+    run(data, tmp_path / "again", models["one"], max_steps=5, **small)
+    assert computed(capsys) == 0
+    assert same_losses(tmp_path / "two", tmp_path / "again")
+
+
+@pytest.mark.parametrize(("shuffle", "steps"), [(True, 1), (True, 2), (True, 3), (True, 7), (False, 2)])
+def test_rows_to_train_are_those_of_the_steps(shuffle, steps):
+    """Each once, whether the run ends within the first epoch of 10 rows in steps of 4 or goes over it."""
+    plan = SimpleNamespace(
+        flags=SimpleNamespace(seed=3, shuffle=shuffle), total_steps=steps, global_batch=4, rank=0, world_size=1
+    )
+    used = {row for step in range(steps) for row in rows_of_step(step, 10, 4, seed=3, shuffle=shuffle)}
+    assert Run.rows_to_train(plan, 10) == sorted(used)
+    assert len(used) == min(10, 4 * steps)
+
+
+def test_c19_a_row_that_was_not_read_is_an_error():
+    """C19: never a zero, nor another row's value."""
+    stored = ReferenceLogps([5, 2], torch.arange(7.0), [0, 1, 3, 5, 7], branches=2, computed=0)
+    assert stored.sums([2, 5]).tolist() == [3 + 4, 5 + 6, 0, 1 + 2]
+    assert stored.tokens([5]).tolist() == [0, 1, 2]
+    for row in (0, 1, 3, -1):
+        for read in (stored.sums, stored.tokens):
+            with pytest.raises(KeyError, match=rf"rows \[{row}\]"):
+                read([5, row])
+
+
+def same_losses(*folders: Path) -> bool:
+    one, other = ([line.get("train/loss") for line in metrics_of(folder)] for folder in folders)
+    return one == other
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
@@ -179,6 +224,19 @@ def test_c31_held_out_curves_are_of_every_pair(data, models, tmp_path):
                  "rejected_logp_change_per_token"):  # fmt: skip
         assert line[f"val/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-4, abs=1e-5), name
     assert line["val/kl_k3_per_token"] == pytest.approx(torch.cat(divergence).mean().item(), rel=1e-3)
+
+
+def test_c20_a_device_without_validation_rows_adds_nothing(data, models):
+    """C20: three devices, two rows: the third joins in the sums with zeros."""
+    metrics = Metrics(SimpleNamespace(device=torch.device("cpu"), world_size=1))
+    stub = SimpleNamespace(device=torch.device("cpu"), metrics=lambda: metrics, batches=lambda *_: iter(()))
+    flags = quick_flags(DPOFlags, data, Path(), model_name=models["one"])
+    split, policy = load_split(data, "preference", "validation"), load_policy(models["one"], flags)
+    lengths = [len(split[0][f"{side}_input_ids"]) - split[0]["prompt_len"] for side in ("chosen", "rejected")]
+    stored = ReferenceLogps([0], torch.zeros(sum(lengths)), [0, lengths[0], sum(lengths)], branches=2, computed=0)
+    found = rlhf_dpo.evaluate(stub, flags, policy, split, stored)
+    assert {"val/loss", "val/accuracy", "val/kl_k3_per_token"} <= set(found)
+    assert all(math.isnan(value) for value in found.values())
 
 
 @pytest.mark.parametrize(("allowed", "warns"), [(1e-4, True), (1e4, False)])

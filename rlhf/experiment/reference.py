@@ -7,7 +7,8 @@ whatever the split, the stage or the order of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -25,55 +26,72 @@ from rlhf.trees.forest import Forest, Tree
 
 
 class ReferenceLogps:
-    """Token log-probabilities of every branch of N rows.
+    """Token log-probabilities of every branch of some rows of a split.
+
+    Args:
+        flat: (T,) all of them, end to end; `offsets`: where each branch begins, in the order of `rows`.
 
     Attributes:
         computed: how many of the branches had to be computed; the others were on disk.
     """
 
-    def __init__(self, flat: Tensor, offsets: Tensor, branches: int, computed: int) -> None:
+    def __init__(self, rows: Sequence[int], flat: Tensor, offsets: list[int], branches: int, computed: int) -> None:
+        self._place = {row: i for i, row in enumerate(rows)}
         self._flat, self._offsets, self._branches, self.computed = flat, offsets, branches, computed
 
     def sums(self, rows: list[int]) -> Tensor:
-        """(len(rows) * branches,) float32 log-probabilities of the responses, in packed order."""
+        """(len(rows) * branches,) float32 log-probabilities of the responses, in packed order.
+
+        Raises:
+            KeyError: a row that was not asked for when they were read.
+        """
         return torch.stack([part.double().sum().float() for part in self._parts(rows)])
 
     def tokens(self, rows: list[int]) -> Tensor:
-        """(R,) float32 log-probabilities of the response tokens, in the order of the targets of the rows' forest."""
+        """(R,) float32 log-probabilities of the response tokens, in the order of the targets of the rows' forest.
+
+        Raises:
+            KeyError: a row that was not asked for when they were read.
+        """
         return torch.cat(self._parts(rows))
 
     def _parts(self, rows: list[int]) -> list[Tensor]:
-        index = [row * self._branches + b for row in rows for b in range(self._branches)]
+        unknown = [row for row in rows if row not in self._place]
+        if unknown:
+            raise KeyError(f"no reference log-probabilities were read for the rows {unknown}")
+        index = [self._place[row] * self._branches + b for row in rows for b in range(self._branches)]
         return [self._flat[self._offsets[i] : self._offsets[i + 1]] for i in index]
 
 
 @torch.no_grad()
 def reference_logps(
-    run: Run, policy: nn.Module, num_rows: int, tree_of: Callable[[int], Tree], folder: Path, *, micro_batch_size: int
-) -> ReferenceLogps:
-    """Read the reference's log-probabilities of all rows, computing (and storing) those that are not there.
+    run: Run, policy: nn.Module, rows: Sequence[int], tree_of: Callable[[int], Tree], folder: Path, *,
+    micro_batch_size: int,
+) -> ReferenceLogps:  # fmt: skip
+    """Read the reference's log-probabilities of these rows, computing (and storing) those that are not there.
 
     Args:
         policy: the reference, as it stands; its mode is restored.
+        rows: those that the run will use, each once: a short run doesn't wait for the others.
         tree_of: row number to its tree; all rows have the same number of branches.
         folder: where the files are kept; a folder that cannot be written is done without.
     """
-    keys, lengths, branches = _keys(num_rows, tree_of)
+    keys, lengths, branches = _keys(rows, tree_of)
     path = folder / f"{model_fingerprint(policy.module, run.precision)}.safetensors"
     known = _read(path)
-    missing_rows = sorted({i // branches for i, key in enumerate(keys) if key not in known})
+    missing = sorted({i // branches for i, key in enumerate(keys) if key not in known})
     num_missing = sum(key not in known for key in keys)
-    if missing_rows:
-        computed = _compute(run, policy, missing_rows, tree_of, micro_batch_size)
-        for row, values in zip(missing_rows, computed, strict=True):
+    if missing:
+        computed = _compute(run, policy, [rows[i] for i in missing], tree_of, micro_batch_size)
+        for i, values in zip(missing, computed, strict=True):
             for b, part in enumerate(values):
-                known[keys[row * branches + b]] = part
+                known[keys[i * branches + b]] = part
         if run.rank == 0:
             _write(path, known, run)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.tensor(lengths).cumsum(0)])
+    offsets = [0, *accumulate(lengths)]
     flat = torch.from_numpy(np.concatenate([known[key] for key in keys]) if keys else np.empty(0, np.float32))
     run.fabric.barrier()
-    return ReferenceLogps(flat.to(run.device), offsets, branches, num_missing)
+    return ReferenceLogps(rows, flat.to(run.device), offsets, branches, num_missing)
 
 
 def model_fingerprint(policy: Policy, precision: str) -> str:
@@ -85,9 +103,9 @@ def model_fingerprint(policy: Policy, precision: str) -> str:
     return digest.hexdigest()
 
 
-def _keys(num_rows: int, tree_of: Callable[[int], Tree]) -> tuple[list[bytes], list[int], int]:
+def _keys(rows: Sequence[int], tree_of: Callable[[int], Tree]) -> tuple[list[bytes], list[int], int]:
     keys, lengths, branches = [], [], 1
-    for row in range(num_rows):
+    for row in rows:
         tree = tree_of(row)
         prompt, *responses = (segment.to(torch.int32).numpy().tobytes() for segment in tree.segments)
         branches = len(responses)

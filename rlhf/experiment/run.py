@@ -252,14 +252,24 @@ class Run:
         seed = (self.flags.seed * 1_000_003 + self.step_index) * 1_009 + self.rank
         torch.manual_seed(seed % 2**63)
 
+    def rows_to_train(self, num_rows: int) -> list[int]:
+        """The rows of all steps of the run, each once: where `plan` ends within the first epoch, not all rows."""
+        flags = self.flags
+        window = self.total_steps * self.global_batch
+        return sorted(rows_of_step(0, num_rows, window, seed=flags.seed, shuffle=flags.shuffle))
+
+    def rows_to_evaluate(self, num_rows: int, limit: int) -> range:
+        """The rows of the first `limit` validation mini-batches (0: all), over all devices, in file order."""
+        return range(min(num_rows, limit * self.global_batch) if limit else num_rows)
+
     def batches(self, num_rows: int, limit: int) -> Iterator[list[int]]:
-        """This device's rows of the first `limit` validation mini-batches (0: all), in file order."""
+        """This device's share of `rows_to_evaluate`, a micro-batch at a time."""
         size = self.global_batch
-        total = math.ceil(num_rows / size)
-        for i in range(min(total, limit) if limit else total):
-            window = range(i * size, min((i + 1) * size, num_rows))
-            rows = rows_of_rank(window, self.rank, self.world_size)
-            yield from cut(rows, micro_batch_size=self.flags.micro_batch_size)
+        rows = self.rows_to_evaluate(num_rows, limit)
+        for start in range(0, len(rows), size):
+            window = rows[start : start + size]
+            mine = rows_of_rank(window, self.rank, self.world_size)
+            yield from cut(mine, micro_batch_size=self.flags.micro_batch_size)
 
     def metrics(self) -> Metrics:
         return Metrics(self.fabric)
