@@ -50,6 +50,17 @@ setup_install() {
     echo "$state" >"$stamp"
 }
 
+# The last release of TRL that has PPO stands beside the current one, in a folder of its own: what compares with it
+# puts that folder first on PYTHONPATH.
+setup_trl_with_ppo() {
+    local peer=.peers/trl-1.12.0
+    [ ! -d "$peer" ] || return 0
+    echo "setup: installing TRL 1.12.0 into $peer"
+    rm -rf "$peer.part"
+    python -m pip install --quiet --disable-pip-version-check --no-deps --target "$peer.part" trl==1.12.0
+    mv "$peer.part" "$peer"
+}
+
 [ -x .venv/bin/python ] || setup_venv
 export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
 setup_install "$@"

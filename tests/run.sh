@@ -5,14 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../experiments/setup.sh" test peer
 
-# The last release of TRL that has PPO stands beside the current one; the tests of PPO compare with it.
-peer=.peers/trl-1.12.0
-if [ ! -d "$peer" ]; then
-    echo "run.sh: installing TRL 1.12.0 into $peer"
-    rm -rf "$peer.part"
-    python -m pip install --quiet --disable-pip-version-check --no-deps --target "$peer.part" trl==1.12.0
-    mv "$peer.part" "$peer"
-fi
+setup_trl_with_ppo
 
 echo "run.sh: ruff"
 ruff check .

@@ -1,0 +1,100 @@
+"""The tables of the speed benchmark, as Markdown, from what speed.py saves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+MEDIANS = ("seconds", "samples_per_second", "tokens_per_second", "share", "peak_bytes", "loaded_bytes")
+
+
+def summary_of(sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the runs of each side, and the ratios of the peer to ours.
+
+    >>> run = dict.fromkeys(MEDIANS, 1.0)
+    >>> ours, peer = [run, {**run, "seconds": 3.0}], [{**run, "seconds": 4.0}, {**run, "seconds": 6.0}]
+    >>> summary_of({"ours": ours, "peer": peer})["ratio"]
+    {'seconds': 2.5, 'least': 2.0, 'most': 4.0, 'peak_bytes': 1.0}
+    """
+    medians = {
+        side: {name: statistics.median(r[name] for r in runs) for name in MEDIANS} for side, runs in sides.items()
+    }
+    ratios = [p["seconds"] / o["seconds"] for o, p in zip(sides["ours"], sides["peer"], strict=True)]
+    ours, peer = medians["ours"], medians["peer"]
+    ratio = {
+        "seconds": peer["seconds"] / ours["seconds"],
+        "least": min(ratios),
+        "most": max(ratios),
+        "peak_bytes": peer["peak_bytes"] / ours["peak_bytes"],
+    }
+    return {**medians, "ratio": ratio}
+
+
+def stage_table(results: dict[str, Any], stages: list[str]) -> str:
+    """A table of these stages, then what both sides were set to and what else the peer was tried at."""
+    lines = [
+        "| stage | side | s a step | peer / ours (pairs of runs) | samples/s | tokens/s | peak GB (loaded) | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for stage in stages:
+        summary = results["stages"][stage]["summary"]
+        ratio = summary["ratio"]
+        for side in ("ours", "peer"):
+            s = summary[side]
+            shown = f"{ratio['seconds']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if side == "ours" else ""
+            lines.append(
+                f"| {stage} | {side} | {s['seconds']:.3f} | {shown} | {s['samples_per_second']:.2f} "
+                f"| {s['tokens_per_second']:,.0f} | {s['peak_bytes'] / 1e9:.2f} ({s['loaded_bytes'] / 1e9:.2f}) "
+                f"| {100 * s['share']:.1f} % |"
+            )
+    for stage in stages:
+        found = results["stages"][stage]
+        lines.append(f"\n{stage}: rows {found['order']}")
+        lines += [f"- {side}: {_shown(found['settings'][side])}" for side in ("ours", "peer")]
+        for trial in found["peer_trials"]:
+            what = (
+                f"{trial['seconds']:.3f} s a step" if "seconds" in trial else f"failed ({_last_line(trial['failed'])})"
+            )
+            lines.append(f"- peer tried at {_shown(trial['settings'])}: {what}")
+    machine = results["machine"]
+    rates = [
+        r["matmul_flops_per_second"] for s in stages for runs in results["stages"][s]["runs"].values() for r in runs
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines.append(
+        f"\n{machine['cpu']}, {machine['threads']} threads; {results['precision']}; matrix products at "
+        f"{statistics.median(rates):.3f} TFLOP/s ({min(rates):.3f}-{max(rates):.3f} over the runs); "
+        f"{versions}{', PPO beside trl 1.12.0' if 'ppo' in stages else ''}"
+    )
+    return "\n".join(lines)
+
+
+def scaling_table(answer: dict[str, Any]) -> str:
+    """Cost of a distinct token as a micro-batch, and as the responses of a prompt, grow."""
+    lines = [
+        "| what grows | distinct tokens a micro-batch | us a token | to the cheapest | share |",
+        "|---|---|---|---|---|",
+    ]
+    names = {"rows": "rows", "responses": "responses a prompt"}
+    for series, name in names.items():
+        cases = [case for case in answer["cases"] if case["series"] == series]
+        costs = [statistics.median(case["seconds"]) / case["work"]["tokens"] for case in cases]
+        for case, cost in zip(cases, costs, strict=True):
+            share = case["flops"] / statistics.median(case["seconds"]) / answer["matmul_flops_per_second"]
+            lines.append(
+                f"| {name} {case['factor']}{'x' if series == 'rows' else ''} "
+                f"| {case['work']['tokens'] / case['micro_batches']:,.0f} | {1e6 * cost:.1f} "
+                f"| {cost / min(costs):.2f} | {100 * share:.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()
+    )
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1][:120] if text.strip() else "nothing said"
