@@ -295,10 +295,14 @@ def value_losses(critic: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
     return losses.sum()
 
 
-def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Module, split: Split) -> None:
-    """Add `--ptx_coef` times the supervised loss of the next `mini_batch_size` rows of the finetune split."""
+def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Module, split: Split, update: int) -> None:
+    """Add `--ptx_coef` times the supervised loss of `mini_batch_size` rows of the finetune split.
+
+    Args:
+        update: number of the optimiser's update, from 0: each takes the next rows.
+    """
     size = flags.mini_batch_size * run.world_size
-    rows = rows_of_step(run.step_index, len(split), size, seed=flags.seed, shuffle=flags.shuffle)
+    rows = rows_of_step(update, len(split), size, seed=flags.seed, shuffle=flags.shuffle)
 
     def forest_of(chosen: list[int]) -> Forest:
         return Forest([finetune_tree(split[i]) for i in chosen])
@@ -307,7 +311,7 @@ def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Modu
     for forest in step.micro_batches(forest_of, actor, rows=rows, tokens=split.lengths("input_ids")):
         token_logps, _ = actor(forest.to(run.device))
         losses = nll_loss(token_logps)
-        step.backward(flags.ptx_coef * losses.sum() / num_targets)
+        step.backward(flags.ptx_coef * losses.sum() / num_targets, name="actor")
         step.metrics.mean("train/ptx_loss", losses, step.weight)
 
 
@@ -406,17 +410,18 @@ def main(flags: PPOFlags) -> dict:
                     batch.to(run.device)
                     if not warming_up:
                         policy_loss = policy_losses(actor, batch, flags, step, ratios)
-                        step.backward(policy_loss / num_tokens)
+                        step.backward(policy_loss / num_tokens, name="actor")
                     value_loss = value_losses(critic, batch, flags, step)
-                    step.backward(flags.vf_coeff * value_loss / num_values)
+                    step.backward(flags.vf_coeff * value_loss / num_values, name="critic")
                     step.num_tokens += batch.forest.num_tokens
                 if flags.ptx_coef and not warming_up:
-                    train_supervised(run, step, flags, actor, supervised)
+                    update = run.step_index * updates + epoch * mini_batches + start // mini_batch
+                    train_supervised(run, step, flags, actor, supervised, update)
                 means = ratios.reduce()
                 blown = flags.max_ratio and means.get("ratio", 0.0) > flags.max_ratio
                 step.metrics.add("train/skipped_mini_batches", float(bool(blown)), 1)
                 if blown:
-                    actor_optimizer.zero_grad(set_to_none=True)
+                    step.drop(actor_optimizer, name="actor")
                 elif not warming_up:
                     step.update(actor_optimizer, clip=flags.gradient_clip_val, name="actor")
                 step.update(critic_optimizer, clip=flags.gradient_clip_val, name="critic")

@@ -66,6 +66,9 @@ def folders(tmp_path_factory) -> dict[int, Path]:
                 options.update(devices="2", strategy="ddp")
             flags = quick_flags(SCRIPTS[script][1], data, found[world_size] / job, **options)
             runs.append((script, dataclasses.asdict(flags)))
+        if world_size == 2:
+            options = {**runs[0][1], "experiment_dir": str(found[2] / "spoiled"), "skip_nonfinite_steps": 1}
+            runs.append(("sft", {**options, "spoil": 1}))
         plan = found[world_size] / "runs.json"
         plan.write_text(json.dumps(runs))
         if world_size == 1:
@@ -114,6 +117,18 @@ def test_c20_logged_numbers_are_of_both_processes(folders, job):
                 line.pop("train/accuracy", None)
                 line.pop("val/accuracy", None) if one["step"] == 0 else None
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-4, abs=2e-5)
+
+
+def test_c25_both_processes_skip_a_loss_that_is_not_finite_on_one(folders):
+    """C25: the gradient is finite, and only one of them sees the loss; the first step changes nothing on either."""
+    start = load_file(folders[2].parent / "llama" / "model.safetensors")
+    one, other = (seen(folders, 2, "spoiled", rank) for rank in range(2))
+    assert all(g.isfinite().all() for step in one for g in step["gradients"])
+    assert sorted(v.sum().item() for v in one[0]["weights"]) == sorted(v.sum().item() for v in start.values())
+    for step in range(2):
+        assert all(map(torch.equal, one[step]["weights"], other[step]["weights"]))
+    assert not all(map(torch.equal, one[0]["weights"], one[1]["weights"]))
+    assert metrics_of(folders[2] / "spoiled")[-1]["step"] == 2
 
 
 def test_the_final_models_are_equal(folders):

@@ -163,6 +163,29 @@ def test_blow_ups_are_skipped_counted_or_stopped(world, tmp_path, monkeypatch):
     assert [len(norms) for norms in stop.norms] == [2, 2]
 
 
+def test_a_loss_that_is_not_finite_skips_the_optimiser_that_it_is_for(world, tmp_path, monkeypatch):
+    """C25: the policy's first loss is infinite with a finite gradient: one update of the policy less, none of the
+    critic; a mini-batch that --max_ratio skips takes its loss along."""
+    policy_losses, calls = rlhf_ppo.policy_losses, []
+
+    def spoiled(*args):
+        calls.append(1)
+        return policy_losses(*args) + (float("inf") if len(calls) == 1 else 0.0)
+
+    monkeypatch.setattr(rlhf_ppo, "policy_losses", spoiled)
+    settings = {"mini_batch_size": 2, "ppo_epochs": 1, "skip_nonfinite_steps": 1}
+    watched = train(flags_of(world, tmp_path / "one", **settings), monkeypatch)
+    assert [len(norms) for norms in watched.norms] == [1, 2]
+    assert watched.metrics[0]["train/skipped_steps"] == 1
+    calls.clear()
+    watched = train(flags_of(world, tmp_path / "ratio", **settings, max_ratio=1e-9), monkeypatch)
+    assert [len(norms) for norms in watched.norms] == [0, 2]
+    assert "train/skipped_steps" not in watched.metrics[0]
+    calls.clear()
+    with pytest.raises(UserError, match="step 0: the loss of the actor is inf"):
+        train(flags_of(world, tmp_path / "stop", **{**settings, "skip_nonfinite_steps": 0}), monkeypatch)
+
+
 def test_supervised_loss_beside_ppo(world, tmp_path, monkeypatch):
     """L12, L9: off by default, and coefficient 0 is bit-equal; on, it adds the gradient of its own token mean."""
     settings = {**ONE_STEP, "max_steps": 1}
@@ -183,6 +206,21 @@ def test_supervised_loss_beside_ppo(world, tmp_path, monkeypatch):
     for name, parameter in policy.named_parameters():
         moved = mixed.weights()[f"actor.{name}"] - default.weights()[f"actor.{name}"]
         torch.testing.assert_close(moved, -1e-2 * 0.5 * parameter.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_every_update_mixes_in_the_next_rows(world, tmp_path, monkeypatch):
+    """L12: two rollouts of two epochs of two mini-batches make eight updates; the first seven take each of 13 rows."""
+    used = []
+
+    def watched(step, num_rows, *args, **options):
+        used.append(rows_of_step(step, num_rows, *args, **options))
+        return used[-1]
+
+    monkeypatch.setattr(rlhf_ppo, "rows_of_step", watched)
+    settings = {"rollout_size": 4, "mini_batch_size": 2, "ppo_epochs": 2, "max_steps": 2}
+    train(flags_of(world, tmp_path / "run", **settings, ptx_coef=0.5), monkeypatch)
+    assert [len(rows) for rows in used] == [2] * 6 + [1, 2]
+    assert sorted(row for rows in used[:7] for row in rows) == list(range(13))
 
 
 def test_short_rollouts_cannot_be_whitened(world, tmp_path):

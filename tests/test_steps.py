@@ -266,3 +266,27 @@ def test_c25_such_steps_may_be_skipped_and_are_counted(lab, tmp_path, monkeypatc
     _spoil(monkeypatch, (0,))
     with pytest.raises(UserError, match="step 1"):
         run("sft", lab, tmp_path / "two", skip_nonfinite_steps=1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_c25_a_loss_that_is_not_finite_is_not_trained_on(lab, tmp_path, monkeypatch, script):
+    """C25: also where its gradient is finite, in one of two micro-batches: the step is skipped, or stops the run."""
+    backward, first = Step.backward, set()
+
+    def spoiled(self, loss, **options):
+        if self.run.step_index == 1 and not first & {id(self)}:
+            first.add(id(self))
+            loss = loss + float("inf")
+        return backward(self, loss, **options)
+
+    options = {"micro_batch_size": 2, "shuffle": False, "lr_schedule": "constant"}
+    run(script, lab, tmp_path / "one", max_steps=1, **options)
+    monkeypatch.setattr(Step, "backward", spoiled)
+    with pytest.raises(UserError, match=r"step 1: the loss is inf \(training rows \[4, 5, 6, 7\]\)"):
+        run(script, lab, tmp_path / "stopped", **options)
+    first.clear()
+    run(script, lab, tmp_path / "skipped", max_steps=3, skip_nonfinite_steps=1, save_interval=2, **options)
+    assert trained_lines(tmp_path / "skipped")[-1]["train/skipped_steps"] == 1
+    skipped = load_file(tmp_path / "skipped" / "checkpoints" / "step-00000002" / "model" / "model.safetensors")
+    assert all(torch.equal(skipped[name], value) for name, value in final_weights(tmp_path / "one").items())
+    assert not bit_equal(tmp_path / "skipped", tmp_path / "one")

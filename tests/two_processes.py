@@ -1,6 +1,7 @@
 """Started twice by tests/test_devices.py: runs of the scripts on two processes, and what each of them saw.
 
 The argument names a JSON file with a list of [script, flags]; process r writes rank-r.pt into each run's folder.
+"spoil": r among the flags adds infinity to every loss of process r in the first step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SCRIPTS = {
 def run_all(plan: Path) -> None:
     """The runs of a plan, here: one process, or this one of several."""
     seen: list[dict] = []
-    update = Step.update
+    update, backward, spoil = Step.update, Step.backward, None
 
     def watched(self, optimizer, **options):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -33,16 +34,21 @@ def run_all(plan: Path) -> None:
         seen.append({**step, "weights": [p.detach().clone() for p in parameters]})
         return done
 
-    Step.update = watched
+    def spoiled(self, loss, **options):
+        bad = self.run.step_index == 0 and self.run.rank == spoil
+        return backward(self, loss + float("inf") if bad else loss, **options)
+
+    Step.update, Step.backward = watched, spoiled
     try:
         for script, settings in json.loads(plan.read_text(encoding="utf-8")):
             seen.clear()
+            spoil = settings.pop("spoil", None)
             main, flags = SCRIPTS[script]
             main(flags(**settings))
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             torch.save(seen, Path(settings["experiment_dir"]) / f"rank-{rank}.pt")
     finally:
-        Step.update = update
+        Step.update, Step.backward = update, backward
 
 
 if __name__ == "__main__":

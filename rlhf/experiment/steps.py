@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ class Step:
         self.metrics = run.metrics()
         self.num_tokens = 0
         self.began = time.perf_counter()
+        self._losses: dict[str, Tensor] = {}
 
     def micro_batches(
         self,
@@ -68,15 +70,19 @@ class Step:
         with self.run.fabric.no_backward_sync(modules[0], enabled=not last and self.run.world_size > 1):
             yield from self._synchronised(batch, modules[1:], last)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, name: str = "") -> None:
         """Add the gradient of this device's part of the step's loss (already over the step's denominator).
 
         The strategy averages gradients over devices; the whole step's loss is their sum, hence the factor.
+
+        Args:
+            name: of the optimiser whose `update` this loss is for, where a step has several.
         """
+        self._losses[name] = self._losses.get(name, 0.0) + loss.detach().float()
         self.run.fabric.backward(loss * (self.run.world_size * self.weight))
 
     def update(self, optimizer: Optimizer, *, clip: float, name: str = "") -> bool:
-        """Set the rate, clip, step and clear; returns False where a non-finite gradient skipped the update.
+        """Set the rate, clip, step and clear; returns False where what is not finite skipped the update.
 
         Raises:
             UserError: a non-finite loss or gradient norm, once `--skip_nonfinite_steps` are used up.
@@ -92,16 +98,27 @@ class Step:
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            optimizer.step()
+        loss = self._losses.pop(name, torch.zeros(())).to(norm.device)
+        if run.world_size > 1:  # the norm is the same on every device already
+            loss = run.fabric.all_reduce(loss, reduce_op="sum")
+        found = dict(zip(("gradient norm", "loss"), torch.stack([norm.float(), loss]).tolist(), strict=True))
+        wrong = [
+            f"the {what}{f' of the {name}' if name else ''} is {x}" for what, x in found.items() if not isfinite(x)
+        ]
+        if wrong:
+            self._nonfinite(wrong[0])
         else:
-            self._nonfinite(f"the gradient norm{f' of the {name}' if name else ''} is {norm.item()}")
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         prefix = f"train/{name}_" if name else "train/"
-        self.metrics.add(f"{prefix}grad_norm", norm.item(), 1)
+        self.metrics.add(f"{prefix}grad_norm", found["gradient norm"], 1)
         self.metrics.put(f"{prefix}learning_rate", optimizer.param_groups[0]["lr"])
-        return finite
+        return not wrong
+
+    def drop(self, optimizer: Optimizer, *, name: str = "") -> None:
+        """Forget the losses and gradients that an `update` would have used."""
+        self._losses.pop(name, None)
+        optimizer.zero_grad(set_to_none=True)
 
     def _nonfinite(self, what: str) -> None:
         run = self.run
