@@ -88,6 +88,27 @@ def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], t
 
 
 @torch.no_grad()
+def log_ratio_per_response(
+    run: Run, roles: Roles, experiences: list[Experience], temperature: float, size: int
+) -> float:
+    """Mean over responses of the sum over tokens of log pi - log ref, in nats.
+
+    Both are at `temperature`, that of training: at the near-zero one of an evaluation any other likeliest token
+    would count hundreds of nats. As the responses are not sampled at it, this is no unbiased estimate of the KL.
+    """
+    sums: list[float] = []
+    mine = range(run.rank, len(experiences), run.world_size)
+    with run.fabric.autocast():
+        for batch in cut(mine, micro_batch_size=size):
+            trees = [Tree.of(experiences[i].prompt, experiences[i].response) for i in batch]
+            forest = Forest(trees).to(run.device)
+            policy, _ = roles.actor(forest, temperature=temperature)
+            reference, _ = roles.reference(forest, temperature=temperature)
+            sums += forest.per_branch(policy - reference).tolist()
+    return sum(run.gather(sums)) / len(experiences)
+
+
+@torch.no_grad()
 def evaluate_sampling(
     run: Run, flags: Any, roles: Roles, reward: RewardModel, prompts: Prompts
 ) -> tuple[dict[str, float], list[dict]]:
@@ -99,6 +120,7 @@ def evaluate_sampling(
         "val/score": sum(e.score for e in experiences) / len(experiences),
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
+        "val/kl": log_ratio_per_response(run, roles, experiences, flags.temperature, flags.rollout_mini_batch_size),
     }
     answers = [(e, prompts.answer(rows[e.position])) for e in experiences]
     answers = [(e, a) for e, a in answers if a is not None]

@@ -15,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.models.loading import load_scorer, save_model
+from rlhf import monitoring
+from rlhf.experience import collect
+from rlhf.models.loading import load_policy, load_scorer, save_model
 from rlhf.monitoring import evaluate_sampling
+from tests import offline
 from tests.ppo import Watched, World, flags_of, make_world, set_up, train
 from tests.splits import tokenizer_for
 
@@ -205,6 +208,34 @@ def test_evaluations_are_repeatable_and_have_a_fixed_point(long_run, world, tmp_
     assert tables[0] == tables[1]
     assert len(tables[0][1]) == 6
     assert setting.flags.eval_temperature == 0.01
+
+
+def test_the_kl_of_an_evaluation_is_that_of_plain_models(long_run, world, tmp_path, monkeypatch):
+    """W1, W3: 0 to 1e-5 a token at the start; later the sum of log pi - log ref over each near-greedy answer, at the
+    temperature of training, mean over the answers, as transformers alone computes it."""
+    kls = [line["val/kl"] for line in long_run.watched.val_lines()]
+    assert abs(kls[0]) <= 1e-4
+    assert min(abs(kl) for kl in kls[1:]) > 1e-2
+    answers = []
+    monkeypatch.setattr(monitoring, "collect", lambda *args: answers.extend(collect(*args)) or answers)
+    flags = flags_of(
+        world, tmp_path / "run", eval_iters=0, temperature=0.7, rollout_mini_batch_size=4,
+        sft_experiment_dir=str(long_run.folder / "final"),
+    )  # fmt: skip
+    setting = set_up(flags)
+    setting.roles.reference = load_policy(world.sft, flags, trainable=False)
+    prompts = setting.run.load_prompts("validation", tokenizer_for())
+    found = evaluate_sampling(setting.run, flags, setting.roles, setting.reward, prompts)[0]["val/kl"]
+    policy, reference = (offline.causal(folder) for folder in (long_run.folder / "final", world.sft))
+    total = 0.0
+    with torch.no_grad():
+        for e in answers:
+            ids = torch.cat([e.prompt, e.response])
+            logps = [(m(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1) for m in (policy, reference)]
+            at = torch.arange(len(e.prompt) - 1, len(ids) - 1)
+            total += (logps[0] - logps[1])[at, ids[at + 1]].sum().item()
+    assert len(answers) == 6
+    assert found == pytest.approx(total / 6, rel=1e-4)
 
 
 def resumed(recorded: Recorded, folder: Path, at: int, flags) -> Path:
