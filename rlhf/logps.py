@@ -1,7 +1,8 @@
 """Log-probabilities of chosen tokens under a vocabulary projection, without the tokens x vocabulary matrix.
 
-The projection, the log-softmax and their gradients run over chunks of rows: memory is bounded by one chunk,
-whatever the number of tokens. What the backward pass needs again is computed again.
+The projection, the log-softmax and their gradients run over chunks of rows: memory is bounded by two chunks,
+whatever the number of tokens. The products of the first chunk are kept for the backward pass, which computes those of
+the others again.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits of one chunk: 8 M floats are 32 MB, which still sits in a server core's share of cache and pages in fast.
-CHUNK_ELEMENTS = 2**23
+CHUNK_BYTES = 2**27
+"""Products of one chunk: large enough that the weight's gradient is seldom made in more than one piece."""
+PART_ELEMENTS = 2**20
+"""Logits that are exponentiated and summed at once: 4 MB of floats, which stay in a server core's share of cache."""
 
 
 def chunked_logps(
@@ -36,7 +39,7 @@ def chunked_logps(
         scale: factor of the logits: the model's own times 1 / temperature.
         softcap: bound of the logits before `scale`, or None.
         entropy: also return the entropies, in nats, differentiable like the log-probabilities.
-        chunk_rows: rows of one chunk; from `CHUNK_ELEMENTS` unless set.
+        chunk_rows: rows of one chunk; from `CHUNK_BYTES` unless set.
 
     Returns:
         (R,) float32 log-probabilities (float64 for float64 inputs) and (R,) entropies or None.
@@ -45,9 +48,9 @@ def chunked_logps(
     >>> chunked_logps(h, w, None, torch.tensor([0, 3]))[0]
     tensor([-1.3863, -1.3863])
     """
-    chunk_rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize))
     logps, entropies = _ChunkedLogps.apply(hidden, weight, bias, targets, scale, softcap, entropy, chunk_rows, dtype)
     return logps, entropies if entropy else None
 
@@ -57,19 +60,31 @@ class _ChunkedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, entropy, chunk_rows, dtype):
         ctx.scale, ctx.softcap, ctx.entropy, ctx.chunk_rows = scale, softcap, entropy, chunk_rows
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.kept = None
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
             normalisers, entropies = torch.empty_like(logps), torch.zeros_like(logps)
-            for rows in _chunks(len(hidden), chunk_rows):
-                logits, _ = _logits(hidden[rows], weight, bias, scale, softcap, wide)
-                normalisers[rows] = torch.logsumexp(logits, -1)
-                logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - normalisers[rows]
-                if entropy:
-                    probabilities = (logits - normalisers[rows, None]).exp_()
-                    entropies[rows] = normalisers[rows] - (probabilities * logits).sum(-1)
+            for chunk in _slices(0, len(hidden), chunk_rows):
+                products = F.linear(hidden[chunk], weight, bias)
+                for rows, part in _parts(chunk, products):
+                    logits, _ = _logits(part, scale, softcap, wide)
+                    logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
+                    top = logits.amax(-1, keepdim=True)
+                    if entropy:
+                        exps = (logits - top).exp_()
+                        total = exps.sum(-1)
+                        entropies[rows] = -exps.mul_(logits).sum(-1) / total
+                    else:
+                        total = logits.sub_(top).exp_().sum(-1)
+                    normalisers[rows] = total.log_().add_(top.squeeze(-1))
+                if chunk.start == 0 and any(ctx.needs_input_grad):
+                    ctx.kept = products
+            logps -= normalisers
+            if entropy:
+                entropies += normalisers
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -81,30 +96,35 @@ class _ChunkedLogps(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         wide = normalisers.dtype
         grad_hidden = torch.empty_like(hidden, dtype=ctx.dtypes[0]) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None and need_bias else None
-        for rows in _chunks(len(hidden), ctx.chunk_rows):
-            logits, capped = _logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap, wide)
-            log_probabilities = logits.sub_(normalisers[rows, None])
-            if ctx.entropy:
-                probabilities = log_probabilities.exp()
-                # dH/dlogit = -p (log p + H)
-                factor = (log_probabilities + entropies[rows, None]).mul_(-grad_entropies[rows, None])
-                grad = probabilities.mul_(factor.sub_(grad_logps[rows, None]))
-            else:
-                grad = log_probabilities.exp_().mul_(-grad_logps[rows, None])
-            grad.scatter_add_(-1, targets[rows, None], grad_logps[rows, None])
-            if ctx.scale != 1.0:
-                grad.mul_(ctx.scale)
-            if capped is not None:
-                grad.mul_(1 - (capped / ctx.softcap).square_())
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+        grad_weight = grad_bias = None
+        for chunk in _slices(0, len(hidden), ctx.chunk_rows):
+            products, ctx.kept = ctx.kept, None  # written over below, so it serves once
+            if products is None:
+                products = F.linear(hidden[chunk], weight, bias)
+            for rows, part in _parts(chunk, products):
+                logits, capped = _logits(part, ctx.scale, ctx.softcap, wide)
+                log_probabilities = logits.sub_(normalisers[rows, None])
+                if ctx.entropy:
+                    probabilities = log_probabilities.exp()
+                    # dH/dlogit = -p (log p + H)
+                    factor = (log_probabilities + entropies[rows, None]).mul_(-grad_entropies[rows, None])
+                    grad = probabilities.mul_(factor.sub_(grad_logps[rows, None]))
+                else:
+                    grad = log_probabilities.exp_().mul_(-grad_logps[rows, None])
+                grad.scatter_add_(-1, targets[rows, None], grad_logps[rows, None])
+                if ctx.scale != 1.0:
+                    grad.mul_(ctx.scale)
+                if capped is not None:
+                    grad.mul_(1 - (capped / ctx.softcap).square_())
+                if bias is not None and need_bias:
+                    grad_bias = _plus(grad_bias, grad.sum(0))
+                part.copy_(grad)
             if need_hidden:
-                grad_hidden[rows] = (grad @ weight).to(ctx.dtypes[0])
+                grad_hidden[chunk] = (products @ weight).to(ctx.dtypes[0])
             if need_weight:
-                grad_weight += grad.T @ hidden[rows]
+                grad_weight = _plus(grad_weight, (products.T @ hidden[chunk]).to(wide))
+        if need_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         return (
             grad_hidden,
             grad_weight.to(ctx.dtypes[1]) if need_weight else None,
@@ -113,16 +133,28 @@ class _ChunkedLogps(torch.autograd.Function):
         )
 
 
-def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
-    return [slice(i, min(i + chunk_rows, num_rows)) for i in range(0, num_rows, chunk_rows)]
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _logits(hidden, weight, bias, scale, softcap, wide) -> tuple[Tensor, Tensor | None]:
-    """Logits of one chunk in the wide dtype, and the capped values where there is a cap."""
-    logits, capped = F.linear(hidden, weight, bias).to(wide), None
+def _parts(chunk: slice, products: Tensor) -> list[tuple[slice, Tensor]]:
+    """The chunk's products a few rows at a time, each with its place: what is done to them then stays in cache."""
+    size = max(1, PART_ELEMENTS // products.shape[1])
+    return [
+        (slice(chunk.start + at.start, chunk.start + at.stop), products[at]) for at in _slices(0, len(products), size)
+    ]
+
+
+def _logits(products: Tensor, scale: float, softcap: float | None, wide: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Logits in the wide dtype (never the products' own memory), and the capped values where there is a cap."""
+    logits, capped = products.to(wide, copy=True), None
     if softcap is not None:
         capped = logits.div_(softcap).tanh_().mul_(softcap)
-        logits = capped.clone() if scale == 1.0 else capped
+        logits = capped.clone()
     if scale != 1.0:
-        logits = logits * scale
+        logits.mul_(scale)
     return logits, capped
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)

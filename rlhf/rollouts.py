@@ -179,7 +179,7 @@ class _Decode:
             scaling=scaling,
             softcap=softcap,
         )
-        return out.view(b, heads, 1, -1)
+        return out.view(b, 1, heads, -1)
 
 
 def _decode(

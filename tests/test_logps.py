@@ -183,14 +183,43 @@ def test_c18_only_one_chunk_of_logits_exists(entropy):
     assert peak(lambda: full(hidden, weight, None, targets)) >= rows * vocabulary
 
 
-def test_c18_the_default_chunk_is_bounded_by_elements(monkeypatch):
-    """C18: with a vocabulary of 1,000, a budget of 5,000 logits is five rows at a time."""
+def test_c18_the_default_chunk_is_bounded_by_bytes(monkeypatch):
+    """C18: with a vocabulary of 1,000 in float32, a budget of 20,000 bytes is five rows at a time."""
     from rlhf import logps as module
 
     seen = []
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5000)
-    plain = module._logits
-    monkeypatch.setattr(module, "_logits", lambda hidden, *rest: (seen.append(len(hidden)), plain(hidden, *rest))[1])
+    monkeypatch.setattr(module, "CHUNK_BYTES", 20_000)
+    plain = module._parts
+    monkeypatch.setattr(
+        module, "_parts", lambda chunk, products: (seen.append(len(products)), plain(chunk, products))[1]
+    )
     hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(1000, 8)
     chunked_logps(hidden, weight, None, torch.zeros(12, dtype=torch.long))[0].sum().backward()
     assert seen == [5, 5, 2] * 2
+
+
+def test_parts_of_a_chunk_change_nothing(monkeypatch):
+    """The rows of a chunk are summed three at a time or all at once: values and gradients are the same."""
+    from rlhf import logps as module
+
+    hidden, weight, targets = torch.randn(11, 8), torch.randn(20, 8), torch.randint(20, (11,))
+
+    def compute(elements: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(module, "PART_ELEMENTS", elements)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logps, entropies = chunked_logps(*leaves, None, targets, entropy=True, chunk_rows=8)
+        (logps.square() + entropies).sum().backward()
+        return [logps, entropies, *(leaf.grad for leaf in leaves)]
+
+    for found, expected in zip(compute(60), compute(10_000), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_second_backward_pass_gives_the_same_gradient():
+    """The products kept for the first backward pass are written over there; the second computes them again."""
+    hidden, weight = torch.randn(7, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    logps, _ = chunked_logps(hidden, weight, None, torch.randint(20, (7,)), chunk_rows=4)
+    first = torch.autograd.grad(logps.square().sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(logps.square().sum(), (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

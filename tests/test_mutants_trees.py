@@ -136,8 +136,8 @@ MUTANTS = [
     # Log-probabilities: signs, a scale or a cap without its derivative, the last chunk alone.
     Mutant(
         "rlhf/logps.py",
-        "normalisers[rows] - (probabilities * logits).sum(-1)",
-        "normalisers[rows] + (probabilities * logits).sum(-1)",
+        "entropies[rows] = -exps.mul_(logits)",
+        "entropies[rows] = exps.mul_(logits)",
         (LOGPS + "test_by_hand",),
     ),
     Mutant(
@@ -166,14 +166,14 @@ MUTANTS = [
     ),
     Mutant(
         "rlhf/logps.py",
-        "grad_weight += grad.T @ hidden[rows]",
-        "grad_weight = grad.T @ hidden[rows]",
+        "grad_weight = _plus(grad_weight, (products.T @ hidden[chunk]).to(wide))",
+        "grad_weight = (products.T @ hidden[chunk]).to(wide)",
         (LOGPS + "test_gradients_are_those_of_the_full_matrix",),
     ),
     Mutant(
         "rlhf/logps.py",
-        "for rows in _chunks(len(hidden), chunk_rows):",
-        "for rows in _chunks(len(hidden), len(hidden)):",
+        "for chunk in _slices(0, len(hidden), chunk_rows):",
+        "for chunk in _slices(0, len(hidden), len(hidden)):",
         (LOGPS + "test_c18_only_one_chunk_of_logits_exists",),
     ),
 ]

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.products import forest_attention
 from rlhf.trees.forest import Forest
 from rlhf.trees.masks import attention_plan
 
@@ -35,7 +36,7 @@ class Attending(Protocol):
     def __call__(
         self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: float | int | None
     ) -> Tensor:
-        """(1 or B, heads, Q, D) queries and (.., kv_heads, K, D) new keys and values to (.., heads, Q, D)."""
+        """(1 or B, heads, Q, D) queries and (.., kv_heads, K, D) new keys and values to (.., Q, heads, D)."""
 
 
 class UnsupportedAttention(Exception):
@@ -71,12 +72,14 @@ class TreeAttention:
 
     def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
         self.windows.add(window)
+        if query.device.type == "cpu" and not dropout and softcap is None:
+            return forest_attention(self.forest, query, key, value, window=window, scaling=scaling)
         outputs = []
         for block in attention_plan(self.forest, window, query.dtype):
             q = query[:, :, block.start : block.stop]
             k, v = (_gather(x, block.key_slices) for x in (key, value))
             outputs.append(attend(q, k, v, block.mask, scaling=scaling, dropout=dropout, softcap=softcap))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _gather(x: Tensor, slices: tuple[tuple[int, int], ...]) -> Tensor:
@@ -185,7 +188,7 @@ def _attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = plan(module, query, key, value, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
-    return out.transpose(1, 2).contiguous(), None
+    return out.contiguous(), None
 
 
 def _mask(*args, **kwargs) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,17 +12,22 @@ from rlhf.trees.forest import Forest
 
 # Below this many tokens a tree is one masked block: the scores that the mask throws away cost less than more calls.
 WHOLE_TREE_TOKENS = 512
+# Queries of one dense block: of the scores above the diagonal of a long trunk, most are then never computed.
+DENSE_QUERIES = 256
+
+Slices = tuple[tuple[int, int], ...]
+"""Packed ranges [start, stop) of tokens."""
 
 
 class Block(NamedTuple):
     """Queries [start, stop) of the packed row against the keys of `key_slices`, in path order.
 
-    `mask` is an additive (queries, keys) mask, or None: then plain causal attention, queries at the keys' end.
+    `mask` is an additive (queries, keys) mask, or None: then the keys are the queries, and attention plain causal.
     """
 
     start: int
     stop: int
-    key_slices: tuple[tuple[int, int], ...]
+    key_slices: Slices
     mask: Tensor | None
 
 
@@ -56,6 +62,36 @@ def attention_plan(forest: Forest, window: int | None, dtype: torch.dtype) -> li
     return forest._cache[key]
 
 
+def dense_blocks(forest: Forest, window: int | None, dtype: torch.dtype) -> list[Block]:
+    """The plan cut to at most `DENSE_QUERIES` queries a block, each with its mask; made once and kept on the forest."""
+    key = ("dense", window, dtype)
+    if key not in forest._cache:
+        forest._cache[key] = [
+            part for block in attention_plan(forest, window, dtype) for part in _dense(block, dtype, forest.end.device)
+        ]
+    return forest._cache[key]
+
+
+def _dense(block: Block, dtype: torch.dtype, device: torch.device) -> list[Block]:
+    parts = []
+    for start in range(block.start, block.stop, DENSE_QUERIES):
+        stop = min(start + DENSE_QUERIES, block.stop)
+        if block.mask is None:
+            mask = _causal(stop - start, stop - block.start, dtype, device)
+            parts.append(Block(start, stop, ((block.start, stop),), mask))
+        else:
+            mask = block.mask[start - block.start : stop - block.start]
+            parts.append(Block(start, stop, block.key_slices, mask))
+    return parts
+
+
+@lru_cache(maxsize=256)
+def _causal(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(queries, keys) additive causal mask; the queries are the last of the keys."""
+    future = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
+
+
 def _plan(forest: Forest, window: int | None, dtype: torch.dtype) -> list[Block]:
     by_tree: list[list[int]] = [[] for _ in forest.trees]
     for s, (_, length, _, tree) in enumerate(forest.segments):
@@ -83,7 +119,7 @@ def _plan(forest: Forest, window: int | None, dtype: torch.dtype) -> list[Block]
     return blocks
 
 
-def _path_slices(forest: Forest, segment: int) -> tuple[tuple[int, int], ...]:
+def _path_slices(forest: Forest, segment: int) -> Slices:
     """Packed ranges of the path from the root to `segment`, neighbours merged."""
     slices: list[tuple[int, int]] = []
     while segment >= 0:
@@ -97,9 +133,7 @@ def _path_slices(forest: Forest, segment: int) -> tuple[tuple[int, int], ...]:
     return tuple(reversed(slices))
 
 
-def _masked(
-    forest: Forest, start: int, stop: int, slices: tuple[tuple[int, int], ...], window: int | None, dtype: torch.dtype
-) -> Block:
+def _masked(forest: Forest, start: int, stop: int, slices: Slices, window: int | None, dtype: torch.dtype) -> Block:
     device = forest.end.device
     keys = torch.cat([torch.arange(a, b, device=device) for a, b in slices])
     seen = _visible(forest, slice(start, stop), keys, window)

@@ -1,0 +1,105 @@
+"""Attention of a forest on a CPU as plain matrix products, forward and backward.
+
+torch's fused kernel for CPUs multiplies in float32 blocks, pads nothing away between trees, and repeats grouped keys;
+autograd over slices of one packed row fills a whole gradient with zeros for each slice. Here every block of the plan
+is two products forward and five backward, the query heads of one key head are rows of one product, and gradients go
+straight to their places.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf.trees.forest import Forest
+from rlhf.trees.masks import Slices, dense_blocks
+
+KEPT_KEYS = 512
+"""Attention weights over more keys than this are computed again in the backward pass instead of being kept."""
+
+
+def forest_attention(
+    forest: Forest, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scaling: float | None
+) -> Tensor:
+    """Tree attention without dropout or caps.
+
+    Args:
+        query: (1, heads, T, D); key: (1, kv_heads, T, D); value: (1, kv_heads, T, E), of one floating type.
+        window: sliding window, a distance in depth, or None.
+        scaling: factor of the scores; 1 / sqrt(D) unless set.
+
+    Returns:
+        (1, T, heads, E), contiguous.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _ForestAttention.apply(query, key, value, dense_blocks(forest, window, query.dtype), scaling)
+
+
+class _ForestAttention(torch.autograd.Function):
+    """Queries are laid out (kv_heads, T, groups, D), so that those of one key head and block are rows of a matrix."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, blocks, scaling):
+        kv_heads, num_tokens = key.shape[1:3]
+        groups = query.shape[1] // kv_heads
+        q = query.new_empty(kv_heads, num_tokens, groups, query.shape[-1])
+        torch.mul(query.view(kv_heads, groups, num_tokens, -1).transpose(1, 2), scaling, out=q)
+        k, v = key[0].contiguous(), value[0].contiguous()
+        out = v.new_empty(num_tokens, kv_heads, groups, v.shape[-1])
+        keeps = any(ctx.needs_input_grad)
+        kept = []
+        for block in blocks:
+            keys, rows = _taken(k, block.key_slices), slice(block.start, block.stop)
+            weights = _weights(q[:, rows], keys, block.mask)
+            out[rows] = (weights @ _taken(v, block.key_slices)).view(kv_heads, -1, groups, v.shape[-1]).transpose(0, 1)
+            if keeps and keys.shape[1] <= KEPT_KEYS:
+                kept.append(weights)
+        if keeps:
+            ctx.save_for_backward(q, k, v, out, *kept)
+            ctx.blocks, ctx.scaling = blocks, scaling
+        return out.view(1, num_tokens, kv_heads * groups, -1)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, *kept = ctx.saved_tensors
+        kv_heads, num_tokens, groups, d = q.shape
+        grad = grad_out.view(out.shape)
+        # What the softmax takes off every score's gradient: the product of a row's output and its gradient.
+        offset = (grad.float() * out).sum(-1).to(q.dtype).transpose(0, 1).contiguous()
+        grad = grad.transpose(0, 1).contiguous()
+        grad_q = torch.empty_like(q)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+        kept = iter(kept)
+        for block in ctx.blocks:
+            rows, slices = slice(block.start, block.stop), block.key_slices
+            keys, values = _taken(k, slices), _taken(v, slices)
+            queries = q[:, rows].reshape(kv_heads, -1, d)
+            grads = grad[:, rows].reshape(kv_heads, -1, v.shape[-1])
+            weights = next(kept) if keys.shape[1] <= KEPT_KEYS else _weights(q[:, rows], keys, block.mask)
+            _put(grad_v, slices, weights.transpose(1, 2) @ grads)
+            scores = (grads @ values.transpose(1, 2)).sub_(offset[:, rows].reshape(kv_heads, -1, 1)).mul_(weights)
+            grad_q[:, rows] = (scores @ keys).view(kv_heads, -1, groups, d)
+            _put(grad_k, slices, scores.transpose(1, 2) @ queries)
+        grad_q = grad_q.mul_(ctx.scaling).transpose(1, 2).reshape(1, kv_heads * groups, num_tokens, d)
+        return grad_q, grad_k.to(k.dtype)[None], grad_v.to(v.dtype)[None], None, None
+
+
+def _weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """(kv_heads, Q * groups, K) softmax weights of scaled queries (kv_heads, Q, groups, D)."""
+    kv_heads, num, groups, d = queries.shape
+    scores = queries.reshape(kv_heads, num * groups, d) @ keys.transpose(1, 2)
+    scores.view(kv_heads, num, groups, -1).add_(mask[:, None])
+    return scores.softmax(-1)
+
+
+def _taken(x: Tensor, slices: Slices) -> Tensor:
+    """The tokens (axis 1) of these packed ranges."""
+    parts = [x[:, start:stop] for start, stop in slices]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _put(total: Tensor, slices: Slices, parts: Tensor) -> None:
+    """Add to these packed ranges."""
+    for (start, stop), part in zip(slices, parts.split([stop - start for start, stop in slices], 1), strict=True):
+        total[:, start:stop] += part
