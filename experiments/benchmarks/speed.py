@@ -125,6 +125,8 @@ def main(flags: SpeedFlags) -> dict[str, Any]:
         raise UserError("give --data_dir (prepared data) or --data_file (pairs to prepare), one of the two")
     if "ppo" in flags.stages and not (TRL_WITH_PPO / "trl").is_dir():
         raise UserError("TRL 1.12.0, which has PPO, is not in .peers/; run `bash experiments/benchmarks/speed.sh`")
+    if any("=" not in item for item in flags.our_flags):
+        raise UserError("--our_flags takes name=value, for example micro_batch_tokens=4096")
     work = Path(flags.work_dir or tempfile.mkdtemp()).absolute()
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -133,6 +135,8 @@ def main(flags: SpeedFlags) -> dict[str, Any]:
             benchmark.time_stage(stage)
         if flags.scaling:
             benchmark.time_scaling()
+        if len(flags.stages) > 1:
+            print("\n" + stage_table(benchmark.results, flags.stages), flush=True)
         return benchmark.results
     finally:
         if flags.work_dir is None:
@@ -230,7 +234,7 @@ class Benchmark:
             for i in range(warmup * batch, num, batch)
         ]
         if stage == "ppo" and not Path(request["reward_model"]).exists():
-            self._run("ours", {**request, "stage": "reward_model"})
+            self.run("ours", {**request, "stage": "reward_model"})
         return {
             "request": request,
             "warmup": warmup,
@@ -272,7 +276,7 @@ class Benchmark:
         data = self.work / "scaling"
         num = 16 * self.flags.scaling_rows
         write_split(data, "preference", "train", [self.rows[i % len(self.rows)] for i in range(num)])
-        answer = self._run(
+        answer = self.run(
             "ours",
             {
                 "stage": "scaling",
@@ -293,7 +297,7 @@ class Benchmark:
 
     def _measured(self, side: str, plan: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         """One run, and the figures of its timed steps."""
-        answer = self._run(side, request)
+        answer = self.run(side, request)
         seconds = answer["step_seconds"][plan["warmup"] :]
         if len(seconds) != plan["steps"]:
             raise UserError(f"{request['stage']} ({side}): {len(seconds)} steps were timed, not {plan['steps']}")
@@ -305,7 +309,7 @@ class Benchmark:
         share = rates["flops_per_second"] / answer["matmul_flops_per_second"]
         return {**answer, "seconds": middle, "samples_per_second": plan["batch"] / middle, **rates, "share": share}
 
-    def _run(self, side: str, request: dict[str, Any]) -> dict[str, Any]:
+    def run(self, side: str, request: dict[str, Any]) -> dict[str, Any]:
         """One run in a process of its own; its answer.
 
         Raises:

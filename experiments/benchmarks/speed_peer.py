@@ -35,10 +35,11 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "rm": {},
     "dpo": {},
     "dpo_long": {"accumulation": [1, 4]},
-    "ppo": {},
+    "ppo": {"accumulation": [1, 4]},
     "rollouts": {"weights": ["bfloat16", "float32"], "cache": ["dynamic", "static"]},
 }
-"""What may make the peer faster on a stage, the likeliest first; besides, both allocators and both attentions."""
+"""What may make the peer faster on a stage (or let it fit into memory), tried in this order; `accumulation`: cuts of a
+step. Besides, both allocators and both attentions."""
 
 
 class Clock(TrainerCallback):

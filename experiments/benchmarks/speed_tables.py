@@ -58,9 +58,8 @@ def stage_table(results: dict[str, Any], stages: list[str]) -> str:
             )
             lines.append(f"- peer tried at {_shown(trial['settings'])}: {what}")
     machine = results["machine"]
-    rates = [
-        r["matmul_flops_per_second"] for s in stages for runs in results["stages"][s]["runs"].values() for r in runs
-    ]
+    runs = [run for stage in stages for runs in results["stages"][stage]["runs"].values() for run in runs]
+    rates = [run["matmul_flops_per_second"] / 1e12 for run in runs]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines.append(
         f"\n{machine['cpu']}, {machine['threads']} threads; {results['precision']}; matrix products at "
