@@ -216,7 +216,9 @@ def test_broken_rows_are_reported_with_their_place(tmp_path, tokenizers, capsys)
     assert f"{source}:61: 'chosen' is a number" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"3 of the first 63 rows are broken.*max_bad_fraction=0\.01.*data\.jsonl:61"):
         run(dialogues, tmp_path, tokenizers, rows, max_bad_fraction=0.01)
-    with pytest.raises(UserError, match=r"data\.jsonl:61: 'chosen' is a number.*--on_bad_row=skip"):
+    with pytest.raises(
+        UserError, match=r"data\.jsonl:61: 'chosen' is a number, not a text; put it in quotes.*--on_bad_row=skip"
+    ):
         run(dialogues, tmp_path, tokenizers, rows, on_bad_row="error")
     run(dialogues, tmp_path, tokenizers, rows[:60])
     assert sorted(os.listdir(folder)) == files("finetune")

@@ -346,7 +346,7 @@ def test_a_missing_split_is_named_with_what_is_there_and_the_command(tmp_path):
 
 
 def test_a_model_with_another_tokenizer_is_refused(tmp_path):
-    """C7: the fingerprints differ, and the sentence names both tokenizers."""
+    """C7, C16: the fingerprints differ, or the chat templates, and the sentence names both tokenizers."""
     tokenizer = make_tokenizer(bos=True, pad_is_eos=True)
     other = make_tokenizer(bos=False, pad_is_eos=True)
     tokenizer.name_or_path, other.name_or_path = "tiny/one", "tiny/other"

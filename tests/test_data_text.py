@@ -19,7 +19,7 @@ from rlhf.data.text import (
     tokenizer_fingerprint,
 )
 from rlhf.errors import UserError
-from tests.tiny_tokenizers import BOS, EOS, make_tokenizer
+from tests.tiny_tokenizers import BOS, EOS, TURN, make_tokenizer
 
 KINDS = list(itertools.product([False, True], [False, True]))
 PROMPT, RESPONSE = "\n\nHuman: How are you?\n\nAssistant:", " I am fine, thank you."
@@ -161,7 +161,7 @@ def test_fingerprint_survives_saving_and_loading(tmp_path):
 
 
 def test_fingerprint_tells_tokenizers_apart():
-    """C7, C16: vocabulary, merges, BOS habit, added tokens and normaliser each make another fingerprint."""
+    """C7, C16: vocabulary, merges, BOS habit, EOS, added tokens and normaliser each make another fingerprint."""
     tokenizers = [make_tokenizer(bos=bos, pad_is_eos=pad) for bos, pad in KINDS]
     tokenizers.append(make_tokenizer(bos=False, pad_is_eos=False, vocab_size=400))
     added = make_tokenizer(bos=False, pad_is_eos=False)
@@ -170,8 +170,10 @@ def test_fingerprint_tells_tokenizers_apart():
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     silent = make_tokenizer(bos=True, pad_is_eos=False)
     silent.backend_tokenizer.post_processor = processors.ByteLevel()
-    prints = {tokenizer_fingerprint(t) for t in (*tokenizers, added, lower, silent)}
-    assert len(prints) == len(tokenizers) + 3
+    turned = make_tokenizer(bos=False, pad_is_eos=False)
+    turned.eos_token = TURN
+    prints = {tokenizer_fingerprint(t) for t in (*tokenizers, added, lower, silent, turned)}
+    assert len(prints) == len(tokenizers) + 4
     with_template = make_tokenizer(bos=False, pad_is_eos=False)
     without = make_tokenizer(bos=False, pad_is_eos=False, chat_template=False)
     assert template_fingerprint(with_template) != template_fingerprint(without)

@@ -250,11 +250,16 @@ def test_resolve_takes_an_experiment_a_model_or_a_hub_id(tmp_path, folders):
 
 
 def test_c1_a2_the_pad_token_is_not_eos_where_there_is_a_choice(folders, tmp_path):
-    """C1, A2: a tokenizer's own pad token stays; with pad = EOS and no spare token the vocabulary is not enlarged."""
+    """C1, A2: a tokenizer's own pad token stays; with pad = EOS a spare special token pads, and with none the
+    vocabulary is not enlarged."""
     assert tokenizer_of(folders["policy"], ModelFlags()).pad_token == "<|pad|>"
     tokenizer = tokenizer_for(pad_is_eos=True)
     folder = make_model_dir(tmp_path, tokenizer=tokenizer)
     assert len(tokenizer_of(folder, ModelFlags())) == len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|reserved|>"]})
+    tokenizer.save_pretrained(tmp_path / "spare")
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert tokenizer_of(str(tmp_path / "spare"), ModelFlags()).pad_token == "<|reserved|>"
 
 
 def _weights(folder: str | Path) -> Path:

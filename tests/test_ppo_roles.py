@@ -70,9 +70,11 @@ def test_dropout_is_off_in_all_four_roles(world):
         assert not torch.equal(careless(forest)[0], careless(forest)[0])
 
 
-def test_dropout_is_off_in_shared_roles(adapters):
-    """P4: the same with adapters over one base."""
-    forest, roles = forest_of(), lora_roles(str(adapters / "sft"), str(adapters / "rm"))
+@pytest.mark.parametrize("whole_reward_model", [False, True])
+def test_dropout_is_off_in_shared_roles(world, adapters, whole_reward_model):
+    """P4: the same with adapters over one base, and over a reward model's of its own."""
+    forest = forest_of()
+    roles = lora_roles(str(adapters / "sft"), world.rm if whole_reward_model else str(adapters / "rm"))
     for name in ("actor", "reference", "critic", "reward"):
         getattr(roles, name).train()
         assert torch.equal(outputs(roles, name, forest), outputs(roles, name, forest)), name
@@ -157,6 +159,21 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(world, other_rm):
     assert not reward.same_tokenizer
 
 
+def test_control_tokens_of_the_policy_do_not_reach_another_tokenizer(world, other_rm):
+    """C8, C7: prompts with a BOS and responses with an EOS of another spelling: the reward model reads the text
+    between one BOS and one EOS of its own, a response that was cut without the EOS."""
+    folder, tokenizer = other_rm
+    mine = make_tokenizer(bos=False, pad_is_eos=True)
+    mine.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    reward = RewardModel(load_scorer(folder, NO_DROPOUT, trainable=False), tokenizer, mine)
+    prompt, response = ([mine.bos_token_id, *mine("Why?").input_ids], [*mine(" Because.").input_ids, mine.eos_token_id])
+    for ended in (True, False):
+        ids = torch.tensor(response if ended else response[:-1])
+        tree = reward.tree(torch.tensor(prompt), ids, ended)
+        text = tokenizer.decode(torch.cat(list(tree.segments)))
+        assert text == f"{tokenizer.bos_token}Why? Because.{tokenizer.eos_token if ended else ''}"
+
+
 def test_a_critic_cannot_start_as_a_model_with_another_tokenizer(world, other_rm, tmp_path):
     """C7: it would read the policy's tokens; the run stops at its start and names both, before it writes anything."""
     folder, _ = other_rm
@@ -183,7 +200,8 @@ def base_weights(roles: Roles) -> int:
 @pytest.mark.parametrize("from_adapter", [True, False])
 def test_four_adapters_share_one_base(world, adapters, critic_init, from_adapter):
     """With LoRA and a reward model that is an adapter of the same base, one copy of the base is in memory, and each
-    role gives what it gives alone; the critic from the reward model at its normalised score (P2).
+    role gives what it gives alone; the critic from the reward model at its normalised score (P2), the reference the
+    SFT adapter's, not the raw base's (C14).
     """
     sft, rm, forest = str(adapters / "sft") if from_adapter else world.sft, str(adapters / "rm"), forest_of()
     roles = lora_roles(sft, rm, critic_init)

@@ -166,3 +166,13 @@ def test_each_process_draws_its_own_noise(world, tmp_path, monkeypatch):
     merged = sorted([*parts[0], *parts[1]], key=lambda e: e.position)
     assert [e.response.tolist() for e in merged] == [e.response.tolist() for e in whole]
     assert len({tuple(e.response.tolist()) for e in whole}) == 4
+
+
+def test_each_step_and_seed_draws_its_own_noise(world, tmp_path):
+    """A9, A10: a prompt that comes again in a later pass gets another sample; another seed, others."""
+    setting = set_up(flags_of(world, tmp_path / "run"))
+    found = [setting.collect([0, 1, 2, 3])]
+    setting.run.step_index = 1
+    found += [setting.collect([0, 1, 2, 3]), setting.collect([0, 1, 2, 3], seed=7)]
+    found = [[e.response.tolist() for e in experiences] for experiences in found]
+    assert all(one != other for i, one in enumerate(found) for other in found[:i])

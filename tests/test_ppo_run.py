@@ -191,7 +191,7 @@ def test_running_moments_of_scores(long_run):
     assert moments["m2"] == pytest.approx(np.var(scores) * len(scores), rel=1e-5)
 
 
-def test_evaluations_are_repeatable_and_have_a_fixed_point(long_run, world, tmp_path):
+def test_evaluations_are_repeatable_and_have_a_fixed_point(long_run, world, tmp_path, monkeypatch):
     """W3, W4: near-greedy answers to held-out prompts, stored with scores, twice the same; the data's own answers
     score the same at every evaluation.
     """
@@ -204,8 +204,11 @@ def test_evaluations_are_repeatable_and_have_a_fixed_point(long_run, world, tmp_
     assert {(s["step"], len([1 for t in scored if t["step"] == s["step"]])) for s in scored} == {(0, 2), (4, 2), (8, 2)}
     setting = set_up(flags_of(world, tmp_path / "run", eval_iters=0))
     prompts = setting.run.load_prompts("validation", tokenizer_for())
+    heat = []
+    monkeypatch.setattr(monitoring, "collect", lambda *args: heat.append(args[-1]) or collect(*args))
     tables = [evaluate_sampling(setting.run, setting.flags, setting.roles, setting.reward, prompts) for _ in range(2)]
     assert tables[0] == tables[1]
+    assert heat == [0.01, 0.01]
     assert len(tables[0][1]) == 6
     assert setting.flags.eval_temperature == 0.01
 

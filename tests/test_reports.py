@@ -126,6 +126,9 @@ def test_r9_calibration_by_hand():
     assert (row["n"], row["predicted"], row["accuracy"]) == pytest.approx((4, 0.75, 0.75), abs=1e-6)
     bad = report_of([third, 0.0, 0.0, 0.0], [0.0, third, third, third])["calibration"]
     assert bad["expected_error"] == pytest.approx(0.5, abs=1e-6)
+    ninth = math.log(9)  # predicts 9/10; in turn 1/4 above and 1/10 below what is right
+    both = report_of([third, third, ninth, 0.0, 0.0], [0.0, 0.0, 0.0, third, third])["calibration"]
+    assert both["expected_error"] == pytest.approx(0.8 * 0.25 + 0.2 * 0.1, abs=1e-6)
 
 
 def test_r9_length_correlation_by_hand():

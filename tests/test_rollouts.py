@@ -56,6 +56,19 @@ def test_c2_p14_log_probabilities_of_the_rollout_are_those_of_training(architect
         torch.testing.assert_close(mine, again, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_c2_a_policy_in_training_mode_samples_without_dropout(architecture):
+    """C2: with dropout on, what is sampled and its log-probabilities are those of evaluation mode."""
+    dropout = {"attn_pdrop": 0.5, "resid_pdrop": 0.5} if architecture == "gptj" else {"attention_dropout": 0.5}
+    policy = policy_of(architecture, **dropout).train()
+    samples = generate(policy, prompts(), Sampling(8, stop_ids=STOP_IDS))
+    assert policy.training
+    policy.eval()
+    trees = [Tree.of(prompt, response) for prompt, response in zip(prompts(), samples.response_ids, strict=True)]
+    for mine, again in zip(samples.token_logps, recomputed(policy, trees, 1.0), strict=True):
+        torch.testing.assert_close(mine, again, rtol=0, atol=1e-4)
+
+
 def test_c2_p5_temperature_is_not_left_out():
     """P5: at T = 0.6 the log-probabilities are far from those at T = 1: leaving out the division would be seen."""
     policy = policy_of("llama")
