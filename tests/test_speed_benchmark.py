@@ -79,7 +79,10 @@ def test_work_counts_the_tokens_targets_and_keys_of_a_forest():
 
 
 def test_examples():
-    assert all(doctest.testmod(module) == (0, 1) for module in (speed_tables, speed_work))
+    for module in (speed_tables, speed_work):
+        found = doctest.testmod(module)
+        assert found.attempted > 0
+        assert found.failed == 0
 
 
 def test_work_of_each_stage_by_hand():

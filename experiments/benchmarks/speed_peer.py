@@ -191,6 +191,7 @@ def train_ppo(request: dict[str, Any]) -> dict[str, Any]:
         train_dataset=dataset,
         callbacks=[clock],
     )
+    trainer.policy_model.generation_config.use_cache = True
     trainer.dataloader = DataLoader(dataset, batch_size=batch, collate_fn=trainer.data_collator)
     generate = ppo_trainer.batch_generation
 
