@@ -12,6 +12,7 @@ from data_prep.custom import prepare_data as custom
 from data_prep.helpful_harmless import prepare_data as dialogues
 from data_prep.summarization import prepare_data as summaries
 from rlhf.data.packed import SCHEMAS
+from rlhf.data.prompts import load_prompts
 from rlhf.data.splits import IGNORE_INDEX, load_split
 from rlhf.data.text import encode_pair, encode_prompt, load_tokenizer
 from rlhf.errors import UserError
@@ -44,6 +45,22 @@ def test_every_kept_response_has_exactly_one_supervised_eos(tmp_path, tokenizers
         assert torch.equal(row["targets"][learnt], row["input_ids"][learnt])
     dropped = sum((collections.Counter(split["dropped"]) for split in entry["counts"].values()), collections.Counter())
     assert dropped == {"EOS token inside the response": 1}
+
+
+def test_a_conversation_has_the_same_ids_in_every_stage(tmp_path, tokenizers):
+    """C8, C38: what is sampled from, scored, learnt and evaluated on: one prompt behind one BOS, one answer."""
+    rows, tokenizer = dialogue_rows(6), load_tokenizer(tokenizers[True])
+    found = {}
+    for stage in ("prompts", "finetune", "preference"):
+        options = {"stage": stage, "shuffle": False, "validation_percentage": 0.0, "test_percentage": 0.0}
+        folder, _ = run(dialogues, tmp_path, tokenizers, rows, name=stage, **options)
+        prompts = load_prompts(str(folder), "train", tokenizer)
+        found[stage] = [(prompts.prompt(i).tolist(), prompts.answer(i).tolist()) for i in range(len(prompts))]
+    assert found["prompts"] == found["finetune"] == found["preference"]
+    for prompt, answer in found["prompts"]:
+        assert prompt[0] == tokenizer.bos_token_id
+        assert (prompt + answer).count(tokenizer.bos_token_id) == 1
+        assert (answer[-1], answer.count(tokenizer.eos_token_id)) == (tokenizer.eos_token_id, 1)
 
 
 def test_removing_same_inputs_keeps_the_first(tmp_path, tokenizers):

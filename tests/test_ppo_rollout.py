@@ -21,7 +21,10 @@ def world(tmp_path_factory):
 
 
 def test_value_of_a_token_is_the_critic_one_position_earlier(world, tmp_path):
-    """P11: a critic that returns its own position gives P - 1, P, … for a prompt of P tokens, and the end state."""
+    """P11: a critic that returns its own position gives P - 1, P, … for a prompt of P tokens, and the end state.
+
+    A1: so it has read the whole prompt.
+    """
     setting = set_up(flags_of(world, tmp_path / "run"))
     setting.roles.critic = lambda forest, at: forest.positions[at].float()
     for e in setting.collect([0, 1, 2, 3]):

@@ -172,14 +172,22 @@ def test_a_loss_that_is_not_finite_skips_the_optimiser_that_it_is_for(world, tmp
         calls.append(1)
         return policy_losses(*args) + (float("inf") if len(calls) == 1 else 0.0)
 
+    def blown(*args):
+        loss = spoiled(*args)
+        args[-1].add("ratio", 1e6 if len(calls) == 1 else 0.0, 1)
+        return loss
+
     monkeypatch.setattr(rlhf_ppo, "policy_losses", spoiled)
     settings = {"mini_batch_size": 2, "ppo_epochs": 1, "skip_nonfinite_steps": 1}
     watched = train(flags_of(world, tmp_path / "one", **settings), monkeypatch)
     assert [len(norms) for norms in watched.norms] == [1, 2]
     assert watched.metrics[0]["train/skipped_steps"] == 1
     calls.clear()
-    watched = train(flags_of(world, tmp_path / "ratio", **settings, max_ratio=1e-9), monkeypatch)
-    assert [len(norms) for norms in watched.norms] == [0, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf_ppo, "policy_losses", blown)
+        watched = train(flags_of(world, tmp_path / "ratio", **settings, max_ratio=2.0), monkeypatch)
+    assert [len(norms) for norms in watched.norms] == [1, 2]
+    assert watched.metrics[0]["train/skipped_mini_batches"] == 0.5
     assert "train/skipped_steps" not in watched.metrics[0]
     calls.clear()
     with pytest.raises(UserError, match="step 0: the loss of the actor is inf"):
