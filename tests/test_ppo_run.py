@@ -137,7 +137,7 @@ def test_gradients_are_clipped(long_run):
 
 
 def test_every_update_logs_what_tells_health_from_a_hacked_reward(long_run):
-    """W1, C20, C33, K6, K7: KL, perplexity, length, EOS rate, clip fractions, ratio, explained variance; sums add up."""
+    """W1, C20, C33, K6, K7: KL, perplexity, length, EOS, clip fractions, ratio, explained variance; they add up."""
     names = """
         kl_per_token kl_per_response kl_k3_per_token kl_coef kl_penalty score shaped_score reward perplexity
         response_length eos_rate entropy clip_fraction value_clip_fraction approx_kl ratio ratio_variance
