@@ -9,18 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from rlhf.models.attention import TreeAttention, attend, attending
-from rlhf.models.forward import packed_states, trunk_of, unwrapped, using_adapter
+from rlhf.models.attention import TreeAttention, attending
+from rlhf.models.forward import trunk_of, unwrapped, using_adapter
+from rlhf.models.lean import LeanTrunk
 from rlhf.models.policy import Policy, logit_scale, logit_softcap
 from rlhf.trees.forest import Forest, Tree
 
 COMPACT_AT = 0.25
 """Share of ended rows at which the rest is copied together."""
+GROWTH = 64
+"""Columns by which the buffers of keys and values grow."""
+BLOCK = 256
+"""Tokens of the vocabulary that sampling sums up before it looks at one."""
+LIKELIEST = 1024
+"""Tokens among which top-p looks first; it sorts the vocabulary only where these hold less than p."""
 
 
 @dataclass
@@ -97,15 +106,19 @@ def generate(
     ended = torch.zeros(num, dtype=torch.bool)
     training = policy.training
     policy.eval()
-    run = _decode if policy.uses_trees else _generate_in_transformers
     try:
-        for first in range(0, len(prompts), step):
-            chosen = by_length[first : first + step]
-            rows = [i * num_samples + j for i in chosen for j in range(num_samples)]
-            with using_adapter(policy.model, policy.adapter):
-                out = run(policy, [prompts[i] for i in chosen], sampling, num_samples, [ids[r] for r in rows])
-            for r, response, logps, end in zip(rows, out.response_ids, out.token_logps, out.ended, strict=True):
-                response_ids[r], token_logps[r], ended[r] = response, logps, end
+        with using_adapter(policy.model, policy.adapter):
+            run = (
+                _Decoder(policy, min(step, len(prompts)) * num_samples)
+                if policy.uses_trees
+                else partial(_generate_in_transformers, policy)
+            )
+            for first in range(0, len(prompts), step):
+                chosen = by_length[first : first + step]
+                rows = [i * num_samples + j for i in chosen for j in range(num_samples)]
+                out = run([prompts[i] for i in chosen], sampling, num_samples, [ids[r] for r in rows])
+                for r, response, logps, end in zip(rows, out.response_ids, out.token_logps, out.ended, strict=True):
+                    response_ids[r], token_logps[r], ended[r] = response, logps, end
     finally:
         policy.train(training)
     return Samples(response_ids, token_logps, ended)
@@ -126,121 +139,142 @@ class _Prefill(TreeAttention):
 class _Decode:
     """One new token a row against buffers of keys and values, right-aligned so that all rows write one column.
 
-    Buffers are (rows, kv_heads, columns, D). Row b's tokens stand in columns starts[b] .. length - 1.
+    Buffers are (rows * kv_heads, columns, D), read whole: the columns that hold nothing yet are masked, since a part
+    of a buffer would be copied before every product. Row b's tokens stand in columns starts[b] .. length - 1.
     """
 
-    def __init__(self, prefill: _Prefill, lengths: list[int], num_samples: int, room: int) -> None:
+    def __init__(self, prefill: _Prefill, lengths: list[int], num_samples: int) -> None:
         self.length = max(lengths)
-        self.room = self.length + room
         device = prefill.forest.input_ids.device
-        starts = [self.length - n for n in lengths for _ in range(num_samples)]
-        self.starts = torch.tensor(starts, device=device)
-        self.buffers = {layer: self._laid_out(k, v, lengths, num_samples) for layer, (k, v) in prefill.layers.items()}
-        self._make_mask()
+        self.starts = torch.tensor([self.length - n for n in lengths for _ in range(num_samples)], device=device)
+        self.room = self.length + GROWTH
+        self.buffers = {
+            layer: [self._laid_out(x, lengths, num_samples) for x in pair] for layer, pair in prefill.layers.items()
+        }
+        self.masks: dict[int | None, Tensor] = {}
 
-    def _laid_out(self, key: Tensor, value: Tensor, lengths: list[int], num_samples: int) -> list[Tensor]:
-        out = []
-        for x in (key, value):
-            buffer = x.new_zeros(len(lengths), num_samples, x.shape[0], self.room, x.shape[2])
-            for b, part in enumerate(x.split(lengths, dim=1)):
-                buffer[b, :, :, self.length - lengths[b] : self.length] = part
-            out.append(buffer.flatten(0, 1))
-        return out
+    def _laid_out(self, x: Tensor, lengths: list[int], num_samples: int) -> Tensor:
+        buffer = x.new_zeros(len(lengths), num_samples, x.shape[0], self.room, x.shape[2])
+        for b, part in enumerate(x.split(lengths, dim=1)):
+            buffer[b, :, :, self.length - lengths[b] : self.length] = part
+        return buffer.flatten(0, 2)
 
-    def _make_mask(self) -> None:
-        columns = torch.arange(self.room, device=self.starts.device)
-        hidden = columns[None] < self.starts[:, None]
-        self.mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None, None]
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(rows, 1, columns) additive mask of this step."""
+        if window not in self.masks:
+            columns = torch.arange(self.room, device=self.starts.device)
+            first = self.starts if window is None else self.starts.clamp(min=self.length - window)
+            hidden = (columns < first[:, None]) | (columns >= self.length)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None]
+        return self.masks[window]
 
     def advance(self) -> None:
-        """Make room for one more column."""
+        """Open one more column, with new room where there is none."""
         self.length += 1
+        self.masks.clear()
+        if self.length > self.room:
+            self.room += GROWTH
+            for pair in self.buffers.values():
+                pair[:] = [F.pad(buffer, (0, 0, 0, GROWTH)) for buffer in pair]
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
+        num = len(self.starts)
         self.starts = self.starts[rows]
         for pair in self.buffers.values():
-            pair[:] = [buffer[rows] for buffer in pair]
-        self._make_mask()
+            pair[:] = [buffer.unflatten(0, (num, -1))[rows].flatten(0, 1) for buffer in pair]
 
     def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
         keys, values = self.buffers[id(layer)]
-        keys[:, :, self.length - 1] = key[:, :, 0]
-        values[:, :, self.length - 1] = value[:, :, 0]
-        first = 0 if window is None else max(0, self.length - window)
+        keys[:, self.length - 1] = key.flatten(0, 2)
+        values[:, self.length - 1] = value.flatten(0, 2)
         b, heads, _, d = query.shape
         # The query heads of one key head are the rows of one product: nothing is repeated.
-        grouped = query.view(b, keys.shape[1], heads // keys.shape[1], d)
-        out = attend(
-            grouped,
-            keys[:, :, first : self.length],
-            values[:, :, first : self.length],
-            self.mask[..., first : self.length].to(query.dtype),
-            scaling=scaling,
-            softcap=softcap,
-        )
-        return out.view(b, 1, heads, -1)
+        scaled = query.reshape(len(keys), -1, d) * (d**-0.5 if scaling is None else scaling)
+        scores = torch.bmm(scaled, keys.transpose(1, 2))
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores.view(b, heads, -1).add_(self._mask(window, query.dtype))
+        return torch.bmm(scores.softmax(-1), values).view(b, 1, heads, -1)
 
 
-def _decode(
-    policy: Policy, prompts: list[Tensor], sampling: Sampling, num_samples: int, sample_ids: list[int]
-) -> Samples:
-    hf, device = unwrapped(policy.model), next(policy.parameters()).device
-    forest = Forest([Tree.of(prompt) for prompt in prompts]).to(device)
-    prefill = _Prefill(forest)
-    states, _ = packed_states(policy.model, forest, plan=prefill)
-    states = states[forest.branch_last].repeat_interleave(num_samples, 0)
-    lengths = [len(prompt) for prompt in prompts]
-    cache = _Decode(prefill, lengths, num_samples, sampling.max_new_tokens)
-    del prefill
-    depth = torch.tensor(lengths, device=device).repeat_interleave(num_samples)
-    noise = _noise(sampling, sample_ids, device)
-    stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
+class _Decoder:
+    """The sampling loop on tree attention, over a lean trunk where the architecture has one."""
 
-    num = len(depth)
-    tokens = torch.zeros(num, sampling.max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(num, sampling.max_new_tokens, device=device)
-    counts = torch.full((num,), sampling.max_new_tokens, dtype=torch.long)
-    ended = torch.zeros(num, dtype=torch.bool)
-    alive = torch.arange(num, device=device)  # the row that each decoded row is
-    going = torch.ones(num, dtype=torch.bool, device=device)  # decoded rows that have not ended
-    trunk = trunk_of(policy.model)
-    for t in range(sampling.max_new_tokens):
-        chosen, chosen_logps = choose(_logits(hf, states), sampling, noise[alive, t])
-        tokens[alive, t], logps[alive, t] = chosen, chosen_logps
-        stopped = going & torch.isin(chosen, stop_ids)
-        if stopped.any():
-            rows = alive[stopped].cpu()
-            counts[rows], ended[rows] = t + 1, True
-            going &= ~stopped
-            if not going.any():
+    def __init__(self, policy: Policy, rows: int) -> None:
+        self.hf, self.device = unwrapped(policy.model), next(policy.parameters()).device
+        lean = LeanTrunk.of(policy.model, rows)
+        self.trunk = lean or _PlainTrunk(trunk_of(policy.model))
+        head = self.hf.get_output_embeddings()
+        self.head = lean.linear(head) if lean and type(head) is nn.Linear else head
+
+    def __call__(self, prompts: list[Tensor], sampling: Sampling, num_samples: int, sample_ids: list[int]) -> Samples:
+        device = self.device
+        forest = Forest([Tree.of(prompt) for prompt in prompts]).to(device)
+        prefill = _Prefill(forest)
+        with attending(prefill):
+            states = self.trunk(forest.input_ids[None], forest.positions[None])[0]
+        states = states[forest.branch_last].repeat_interleave(num_samples, 0)
+        lengths = [len(prompt) for prompt in prompts]
+        cache = _Decode(prefill, lengths, num_samples)
+        del prefill
+        depth = torch.tensor(lengths, device=device).repeat_interleave(num_samples)
+        noise = _noise(sampling, sample_ids, device)
+        stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
+
+        num = len(depth)
+        tokens = torch.zeros(num, sampling.max_new_tokens, dtype=torch.long, device=device)
+        logps = torch.zeros(num, sampling.max_new_tokens, device=device)
+        counts = torch.full((num,), sampling.max_new_tokens, dtype=torch.long)
+        ended = torch.zeros(num, dtype=torch.bool)
+        alive = torch.arange(num, device=device)  # the row that each decoded row is
+        going = torch.ones(num, dtype=torch.bool, device=device)  # decoded rows that have not ended
+        for t in range(sampling.max_new_tokens):
+            chosen, chosen_logps = choose(self._logits(states), sampling, noise[alive, t])
+            tokens[alive, t], logps[alive, t] = chosen, chosen_logps
+            stopped = going & torch.isin(chosen, stop_ids)
+            if stopped.any():
+                rows = alive[stopped].cpu()
+                counts[rows], ended[rows] = t + 1, True
+                going &= ~stopped
+                if not going.any():
+                    break
+                if going.float().mean() <= 1 - COMPACT_AT:
+                    kept = going.nonzero().squeeze(1)
+                    cache.keep(kept)
+                    alive, chosen, depth, going = alive[kept], chosen[kept], depth[kept], going[kept]
+            if t + 1 == sampling.max_new_tokens:
                 break
-            if going.float().mean() <= 1 - COMPACT_AT:
-                kept = going.nonzero().squeeze(1)
-                cache.keep(kept)
-                alive, chosen, depth, going = alive[kept], chosen[kept], depth[kept], going[kept]
-        if t + 1 == sampling.max_new_tokens:
-            break
-        cache.advance()
-        with attending(cache):
-            states = trunk(
-                input_ids=chosen[:, None], position_ids=depth[:, None], use_cache=False, return_dict=True
-            ).last_hidden_state[:, 0]
-        depth = depth + 1
-    ids, all_logps = tokens.cpu(), logps.cpu()
-    return Samples(
-        [ids[i, : counts[i]].to(device) for i in range(num)],
-        [all_logps[i, : counts[i]].to(device) for i in range(num)],
-        ended,
-    )
+            cache.advance()
+            with attending(cache):
+                states = self.trunk(chosen[:, None], depth[:, None])[:, 0]
+            depth = depth + 1
+        ids, all_logps = tokens.cpu(), logps.cpu()
+        return Samples(
+            [ids[i, : counts[i]].to(device) for i in range(num)],
+            [all_logps[i, : counts[i]].to(device) for i in range(num)],
+            ended,
+        )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        config = self.hf.config
+        logits, softcap = self.head(states).float(), logit_softcap(config)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        scale = logit_scale(config)
+        return logits if scale == 1.0 else logits * scale
 
 
-def _logits(hf, states: Tensor) -> Tensor:
-    logits = hf.get_output_embeddings()(states).float()
-    softcap = logit_softcap(hf.config)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits * logit_scale(hf.config)
+class _PlainTrunk:
+    """The model's own trunk, called as a lean one is."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self.trunk = trunk
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        given = {"input_ids": input_ids, "position_ids": position_ids}
+        return self.trunk(**given, use_cache=False, return_dict=True).last_hidden_state
 
 
 def _noise(sampling: Sampling, sample_ids: list[int], device) -> Tensor:
@@ -266,26 +300,56 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
     >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), Sampling(do_sample=False), torch.zeros(1))[0]
     tensor([1])
     """
-    log_probabilities = (logits / sampling.temperature).log_softmax(-1)
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
     if not sampling.do_sample:
-        chosen = logits.argmax(-1)
-        return chosen, log_probabilities.gather(-1, chosen[:, None]).squeeze(-1)
-    if sampling.top_k or sampling.top_p < 1.0:
-        k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-        probabilities, index = log_probabilities.topk(k, dim=-1)
-        probabilities = probabilities.softmax(-1)
-        if sampling.top_p < 1.0:
-            # A token stays while the likelier ones before it hold less than top_p.
-            probabilities = probabilities * (probabilities.cumsum(-1) - probabilities < sampling.top_p)
+        chosen, total = logits.argmax(-1, keepdim=True), weights.sum(-1, keepdim=True)
+    elif sampling.top_k or sampling.top_p < 1.0:
+        total = weights.sum(-1, keepdim=True)
+        kept, index = _filtered(weights, total, sampling)
+        chosen = index.gather(-1, _inverted(kept, uniform))
     else:
-        probabilities, index = log_probabilities.exp(), None
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    # Rounding must not lead past the last token that has any probability.
-    last = probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).to(torch.uint8).argmax(-1, keepdim=True)
-    place = torch.minimum(place, last)
-    chosen = (place if index is None else index.gather(-1, place)).squeeze(-1)
-    return chosen, log_probabilities.gather(-1, chosen[:, None]).squeeze(-1)
+        # Two levels: first the block of the vocabulary, then the token in it. One pass over the row, no running sum.
+        blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        sums = blocks.sum(-1)
+        total = sums.sum(-1, keepdim=True)
+        cumulative = sums.cumsum(-1, dtype=torch.float64)
+        target = uniform[:, None] * cumulative[:, -1:]
+        block = _place(cumulative, sums, target)
+        before = (cumulative - sums).gather(-1, block)
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
+        chosen = block * BLOCK + _place(inside.cumsum(-1, dtype=torch.float64), inside, target - before)
+    logps = logits.gather(-1, chosen) - top - total.log()
+    return chosen.squeeze(-1), logps.squeeze(-1)
+
+
+def _filtered(weights: Tensor, total: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(B, K) weights in falling order of the tokens that top-k and top-p leave, 0 for others, and their ids."""
+    vocabulary = weights.shape[-1]
+    k = min(sampling.top_k or LIKELIEST, vocabulary)
+    kept, index = weights.topk(k, dim=-1)
+    if not sampling.top_k and (kept.sum(-1, keepdim=True) < sampling.top_p * total).any():
+        kept, index = weights.sort(-1, descending=True)
+    if sampling.top_p < 1.0:
+        # A token stays while the likelier ones before it hold less than top_p (of what top-k left).
+        mass = (kept.sum(-1, keepdim=True) if sampling.top_k else total) * sampling.top_p
+        kept = kept * (kept.cumsum(-1) - kept < mass)
+    return kept, index
+
+
+def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
+    """(B, 1) the place where the cumulative distribution of (B, K) weights passes `uniform`."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    return _place(cumulative, weights, uniform[:, None] * cumulative[:, -1:])
+
+
+def _place(cumulative: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """The first place whose cumulative weight is above the target; rounding never leads past the last weight."""
+    place = torch.searchsorted(cumulative, target, right=True)
+    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.minimum(place, last)
 
 
 def _generate_in_transformers(

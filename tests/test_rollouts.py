@@ -110,10 +110,7 @@ def test_a_sample_depends_on_its_prompt_and_its_stream_alone(architecture):
 def test_compaction_changes_nothing(monkeypatch):
     """Rows that have ended leave the batch at once, at a quarter, or never: the same samples."""
     policy, found, widths = policy_of("mistral"), [], []
-    forward = policy.model.model.forward
-    monkeypatch.setattr(
-        policy.model.model, "forward", lambda **kwargs: (widths.append(len(kwargs["input_ids"])), forward(**kwargs))[1]
-    )
+    policy.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: widths.append(len(given[0])))
     for share in (0.0, 0.25, 2.0):
         monkeypatch.setattr(rollouts, "COMPACT_AT", share)
         widths.clear()
@@ -125,13 +122,10 @@ def test_compaction_changes_nothing(monkeypatch):
         torch.testing.assert_close(found[0].token_logps, other.token_logps, rtol=0, atol=1e-5)
 
 
-def test_a_prompt_is_prefilled_once_for_all_its_samples(monkeypatch):
+def test_a_prompt_is_prefilled_once_for_all_its_samples():
     """DESIGN.md section 8: the first forward is the prompts, packed; each further one is a token a row."""
     policy, shapes = policy_of("llama"), []
-    forward = policy.model.model.forward
-    monkeypatch.setattr(
-        policy.model.model, "forward", lambda **kwargs: (shapes.append(kwargs["input_ids"].shape), forward(**kwargs))[1]
-    )
+    policy.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     generate(policy, prompts(), Sampling(3), num_samples=5)
     assert [tuple(shape) for shape in shapes] == [(1, sum(LENGTHS)), (20, 1), (20, 1)]
 
@@ -182,7 +176,7 @@ def test_samples_of_one_prompt_differ():
 
 def test_mode_is_restored_after_an_error(monkeypatch):
     policy = policy_of("llama").train()
-    monkeypatch.setattr(rollouts, "_decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(rollouts, "choose", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(policy, prompts(), Sampling(2))
     assert policy.training
@@ -251,3 +245,30 @@ def test_the_end_of_the_line_is_a_token_with_probability():
     chosen, logps = choose(logits, Sampling(), torch.tensor([1 - 1e-16], dtype=torch.float64))
     assert chosen.item() == 1
     assert torch.isfinite(logps).all()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_top_p_looks_among_the_likeliest_first(top_p, monkeypatch):
+    """Whether they hold enough or the vocabulary has to be sorted after all: the same tokens."""
+    logits = 3 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for likeliest in (2, 40, 500):
+        monkeypatch.setattr(rollouts, "LIKELIEST", likeliest)
+        found.append(choose(logits, Sampling(top_p=top_p), uniform))
+    for ids, logps in found[1:]:
+        assert torch.equal(ids, found[0][0]) and torch.equal(logps, found[0][1])
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_blocks_of_the_vocabulary_change_nothing(block, monkeypatch):
+    """The token is where the cumulative distribution passes the uniform, whatever the blocks it is looked for in."""
+    logits = 3 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    monkeypatch.setattr(rollouts, "BLOCK", block)
+    ids, logps = choose(logits, Sampling(), uniform)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).clamp(max=499)
+    assert torch.equal(ids, expected)
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1), rtol=0, atol=1e-5)

@@ -1,0 +1,77 @@
+"""The lean trunk beside the model's own: the same numbers, and only for the architectures that it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlhf import rollouts
+from rlhf.models.attention import TreeAttention, attending
+from rlhf.models.forward import packed_states
+from rlhf.models.lean import LeanTrunk
+from rlhf.models.policy import Policy
+from rlhf.models.probe import tree_attention_fault
+from rlhf.rollouts import Sampling, generate
+from rlhf.trees.forest import Forest, Tree
+from tests.tiny import ARCHITECTURES, make_model
+from tests.trees import VOCABULARY
+
+LEAN = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def forest() -> Forest:
+    generator = torch.Generator().manual_seed(3)
+    parts = [torch.randint(VOCABULARY, (n,), generator=generator) for n in (5, 9, 4, 12, 7)]
+    return Forest([Tree.of(parts[0], parts[1], parts[2]), Tree.of(parts[3], parts[4])])
+
+
+def ready(architecture: str, **options):
+    model = make_model(architecture, **options).eval()
+    assert tree_attention_fault(model) is None
+    # Biases and norms start at values that hide them.
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("architecture", LEAN)
+@torch.no_grad()
+def test_the_states_are_the_models_own(architecture, autocast):
+    """Bit for bit on this machine; elsewhere fused norms may round otherwise."""
+    model, packed = ready(architecture), forest()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, _ = packed_states(model, packed)
+        lean = LeanTrunk.of(model, 8)
+        with attending(TreeAttention(packed)):
+            found = lean(packed.input_ids[None], packed.positions[None])[0]
+    assert lean.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - set(LEAN)))
+def test_other_architectures_have_none(architecture):
+    assert LeanTrunk.of(make_model(architecture), 8) is None
+
+
+def test_another_activation_or_an_adapter_has_none():
+    assert LeanTrunk.of(make_model("llama", hidden_act="gelu"), 8) is None
+    adapted = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["up_proj"]))
+    assert LeanTrunk.of(adapted, 8) is None
+
+
+@pytest.mark.parametrize("architecture", LEAN)
+def test_samples_are_those_of_the_models_own_trunk(architecture, monkeypatch):
+    model = ready(architecture)
+    policy = Policy(model, uses_trees=True)
+    prompts = [tree[:n] for tree, n in ((forest().input_ids, 5), (forest().input_ids, 11))]
+    monkeypatch.setattr(rollouts, "GROWTH", 5)
+    lean = generate(policy, prompts, Sampling(12), num_samples=3)
+    monkeypatch.setattr(rollouts.LeanTrunk, "of", lambda *_: None)
+    plain = generate(policy, prompts, Sampling(12), num_samples=3)
+    assert all(map(torch.equal, lean.response_ids, plain.response_ids))
+    torch.testing.assert_close(torch.cat(lean.token_logps), torch.cat(plain.token_logps), rtol=0, atol=1e-5)
