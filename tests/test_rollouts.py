@@ -257,7 +257,8 @@ def test_top_p_looks_among_the_likeliest_first(top_p, monkeypatch):
         monkeypatch.setattr(rollouts, "LIKELIEST", likeliest)
         found.append(choose(logits, Sampling(top_p=top_p), uniform))
     for ids, logps in found[1:]:
-        assert torch.equal(ids, found[0][0]) and torch.equal(logps, found[0][1])
+        assert torch.equal(ids, found[0][0])
+        assert torch.equal(logps, found[0][1])
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
