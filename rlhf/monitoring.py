@@ -87,6 +87,23 @@ def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], t
         raise UserError(f"the KL of the first rollout is {kl:.2g} nats a token, not 0; sampling differs from training")
 
 
+def missing_eos_fault(rollout: Rollout, mode: str, value: float) -> str | None:
+    """Whether the score that stands for a missing EOS rewards it: a clause for the user, or None.
+
+    Scores are centred on the pairs that the reward model saw; an early policy's own responses often lie far below,
+    and a fixed score for those that never end is then better than most.
+    """
+    ended = rollout.scores[rollout.ended]
+    if mode != "replace" or not len(ended) or value <= ended.mean():
+        return None
+    better = (ended < value).double().mean().item()
+    return (
+        f"a response without EOS scores {value:g} (--missing_eos_value), more than {100 * better:.0f} % of those that "
+        f"end (mean {ended.mean().item():.2f}), so the policy learns not to end; set --missing_eos=subtract or a lower "
+        f"value"
+    )
+
+
 @torch.no_grad()
 def log_ratio_per_response(
     run: Run, roles: Roles, experiences: list[Experience], temperature: float, size: int

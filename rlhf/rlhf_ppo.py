@@ -62,7 +62,7 @@ from rlhf.losses.supervised import nll_loss
 from rlhf.masked import masked_whiten
 from rlhf.models.loading import resolve, tokenizer_of
 from rlhf.models.roles import load_roles
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout
+from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
 from rlhf.rewards import RewardModel
 from rlhf.schedules import AdaptiveKL, FixedKL
 from rlhf.trees.batches import epoch_order, rows_of_step
@@ -387,6 +387,9 @@ def main(flags: PPOFlags) -> dict:
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
         rollout = stack(experiences, flags.max_new_tokens)
+        fault = missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value) if run.step_index == 0 else None
+        if fault:
+            run.say(f"warning: {fault}")
         scores = shaped_scores(rollout, flags, score_moments)
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size)
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)

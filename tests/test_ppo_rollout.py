@@ -9,7 +9,7 @@ from rlhf.advantages import RunningMoments
 from rlhf.errors import UserError
 from rlhf.experience import cut_after_stop, stack, value_index
 from rlhf.experiment.run import Run
-from rlhf.monitoring import check_first_rollout
+from rlhf.monitoring import check_first_rollout, missing_eos_fault
 from rlhf.rlhf_ppo import PPOFlags, shaped_scores, targets_of
 from rlhf.trees.forest import Forest, Tree
 from tests.ppo import flags_of, make_world, set_up
@@ -179,3 +179,17 @@ def test_each_step_and_seed_draws_its_own_noise(world, tmp_path):
     found += [setting.collect([0, 1, 2, 3]), setting.collect([0, 1, 2, 3], seed=7)]
     found = [[e.response.tolist() for e in experiences] for experiences in found]
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
+
+
+def test_a_score_for_missing_eos_that_rewards_it_is_named(world, tmp_path):
+    """Three responses end with -3, -2 and 2 (mean -1), one does not: -0.5 in its place beats two of the three."""
+    rollout = stack(set_up(flags_of(world, tmp_path / "run")).collect([0, 1, 2, 3]), 16)
+    rollout.scores = torch.tensor([-3.0, -2.0, 2.0, 9.0])
+    rollout.ended = torch.tensor([True, True, True, False])
+    fault = missing_eos_fault(rollout, "replace", -0.5)
+    assert "scores -0.5" in fault
+    assert "more than 67 % of those that end (mean -1.00)" in fault
+    assert missing_eos_fault(rollout, "replace", -1.5) is None
+    assert missing_eos_fault(rollout, "subtract", -0.5) is None
+    rollout.ended[:] = False
+    assert missing_eos_fault(rollout, "replace", -0.5) is None

@@ -27,6 +27,7 @@ from rlhf.data.text import load_tokenizer, pad_token_id
 from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
 from rlhf.models.adapters import adapter_base, adapter_has_head, attach_adapter, with_lora
+from rlhf.models.casts import share_casts
 from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
@@ -205,6 +206,7 @@ def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None
             )
         raise UserError(f"{source} lacks the weights of {missing[0]}; the folder is incomplete: copy it again")
     model.config.use_cache = False
+    share_casts(trunk_of(model))
     return model
 
 
