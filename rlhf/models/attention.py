@@ -25,9 +25,6 @@ from rlhf.trees.forest import Forest
 from rlhf.trees.masks import attention_plan
 
 IMPLEMENTATION = "tree"
-SMALL_ATTENTION = 512 * 512
-"""Scores a head up to which bf16 attention on a CPU is two plain products: four times faster than the fused kernel
-at 160 tokens (2 cores, AVX512-BF16), about equal at 1,000."""
 
 
 class Attending(Protocol):
@@ -104,8 +101,6 @@ def attend(
         mask: broadcastable to (B, heads, Q, K), in the query's dtype.
     """
     groups = query.shape[1] // key.shape[1]
-    if softcap is None and _is_small(query, key) and not dropout:
-        return _small(query, key, value, mask, scaling)
     if groups > 1:
         key, value = (_repeat(x, groups) for x in (key, value))
     if softcap is None:
@@ -118,29 +113,6 @@ def attend(
     scores = scores + (_causal(scores.shape[-1], scores.dtype, scores.device) if mask is None else mask)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32), dropout).to(value.dtype)
     return weights @ value
-
-
-def _is_small(query: Tensor, key: Tensor) -> bool:
-    """Whether plain products beat torch's fused kernel: bf16 on a CPU, up to a few hundred tokens."""
-    return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.shape[2] * key.shape[2] <= SMALL_ATTENTION
-    )
-
-
-def _small(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention as two products; the query heads of one key head are rows of one product, so nothing is repeated."""
-    b, heads, q, d = query.shape
-    kv_heads, k = key.shape[1:3]
-    if mask is None and q > 1:
-        mask = _causal(k, query.dtype, query.device)
-    scaled = query * (scaling if scaling is not None else d**-0.5)
-    scores = (scaled.reshape(b, kv_heads, -1, d) @ key.transpose(-1, -2)).view(b, heads, q, k)
-    if mask is not None:
-        scores = scores + mask
-    weights = scores.softmax(-1).view(b, kv_heads, -1, k)
-    return (weights @ value).view(b, heads, q, d)
 
 
 @lru_cache(maxsize=256)
