@@ -77,8 +77,9 @@ def test_errors_are_shown_as_text():
 
 def test_without_gradio_a_page_is_refused_in_one_sentence(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "page", raising=False)
-    monkeypatch.delitem(sys.modules, "chat", raising=False)
+    for name in ("page", "chat"):  # first set, so that what is loaded here leaves with the test even if it is the first
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
     chat = load("chat")
     with pytest.raises(UserError, match=r"pip install -e \.\[demo\]"):
         chat.build(chat.ChatFlags(experiment_dir=[str(folder / "dpo")]))
