@@ -66,19 +66,19 @@ train rlhf_sft "${common[@]}" --model_name="$MODEL" --experiment_dir="$OUT/sft" 
 
 step "reward model"
 train rlhf_rm "${common[@]:0:4}" --sft_experiment_dir="$OUT/sft" --experiment_dir="$OUT/rm" --learning_rate=2e-5 \
-    --lr_warmup_steps=5 --max_steps="$(least 70)" --eval_interval=35 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 62)" --eval_interval=31 --eval_iters=4
 
 # The reward model's mean over its pairs is 0, and this policy's own responses lie about 2 below: a fixed -1 for those
 # without EOS would reward them, so a point is taken off instead.
 step "PPO"
 train rlhf_ppo "${common[@]}" --sft_experiment_dir="$OUT/sft" --rm_experiment_dir="$OUT/rm" \
     --experiment_dir="$OUT/ppo" --rollout_size=16 --rollout_mini_batch_size=16 --ppo_epochs=1 \
-    --actor_learning_rate=3e-5 --critic_learning_rate=3e-5 --init_kl_coeff=0.02 --max_steps="$(least 28)" \
-    --missing_eos=subtract --missing_eos_value=1 --eval_interval=28 --eval_iters=2
+    --actor_learning_rate=3e-5 --critic_learning_rate=3e-5 --init_kl_coeff=0.02 --max_steps="$(least 26)" \
+    --missing_eos=subtract --missing_eos_value=1 --eval_interval=26 --eval_iters=2
 
 step "DPO"
 train rlhf_dpo "${common[@]}" --sft_experiment_dir="$OUT/sft" --experiment_dir="$OUT/dpo" --learning_rate=5e-6 \
-    --lr_warmup_steps=5 --max_steps="$(least 40)" --eval_interval=20 --eval_iters=4
+    --lr_warmup_steps=5 --max_steps="$(least 36)" --eval_interval=18 --eval_iters=4
 
 step "what each stage has done, on held-out data"
 python rlhf/rlhf_evaluate.py --data_dir="$data" --models base="$MODEL" sft="$OUT/sft" ppo="$OUT/ppo" dpo="$OUT/dpo" \
