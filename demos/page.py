@@ -139,9 +139,9 @@ def sampling_of(temperature: float, top_p: float, top_k: float, max_new_tokens: 
         raise UserError(f"the seed {seed} is too large; give one below 2^63")
     return Sampling(
         max_new_tokens=int(max_new_tokens),
-        temperature=temperature or 1.0,
+        temperature=float(temperature or 1.0),
         top_k=int(top_k),
-        top_p=top_p,
+        top_p=float(top_p),
         do_sample=temperature > 0,
         seed=seed,
     )

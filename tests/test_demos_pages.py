@@ -62,6 +62,8 @@ def test_controls_become_sampling():
     sampling_of = load("page").sampling_of
     assert sampling_of(0.7, 0.9, 20, 64, 3) == Sampling(64, 0.7, 20, 0.9, True, (), 3)
     assert not sampling_of(0, 0.9, 20, 64, 3).do_sample
+    whole = sampling_of(2, 1, 0, 64, 3)  # a page sends 2.0 as 2, which transformers does not take for a temperature
+    assert (type(whole.temperature), type(whole.top_p)) == (float, float)
     drawn = {sampling_of(1, 1, 0, 64, seed).seed for seed in (-1, None, -1)}
     assert len(drawn) == 3
     assert min(drawn) >= 0
