@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a pretrained model to an aligned one: data, SFT, reward model, PPO, DPO, and a table of what each has done.
 #     bash experiments/quickstart.sh
-# On a CPU with 2 cores it takes about a quarter of an hour, its own installation included. In the environment:
+# On a CPU with 2 cores it takes 12 to 15 minutes, its own installation included. In the environment:
 #     MODEL     hub id or folder of the pretrained model   (SmolLM2-135M-Instruct, from a package)
 #     DATASET   sample (in this repository), hh, tldr, or a file or folder of preference pairs as in Anthropic/hh-rlhf
 #     DEVICES   devices for training; more than one are launched by `fabric run` with DDP   (1)
