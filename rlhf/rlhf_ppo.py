@@ -384,12 +384,11 @@ def main(flags: PPOFlags) -> dict:
         run.save_if_due(models, optimizers, tokenizer, state())
         began = time.perf_counter()
         experiences = collect(run, flags, roles, reward, prompts, step.global_rows, flags.temperature)
+        rollout = stack(experiences, flags.max_new_tokens)
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
-        rollout = stack(experiences, flags.max_new_tokens)
-        fault = missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value) if run.step_index == 0 else None
-        if fault:
-            run.say(f"warning: {fault}")
+            if fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value):
+                run.say(f"warning: {fault}")
         scores = shaped_scores(rollout, flags, score_moments)
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size)
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)

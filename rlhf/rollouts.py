@@ -182,6 +182,7 @@ class _Decode:
         """Drop all rows but these."""
         num = len(self.starts)
         self.starts = self.starts[rows]
+        self.masks.clear()
         for pair in self.buffers.values():
             pair[:] = [buffer.unflatten(0, (num, -1))[rows].flatten(0, 1) for buffer in pair]
 

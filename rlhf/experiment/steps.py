@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +102,7 @@ class Step:
             loss = run.fabric.all_reduce(loss, reduce_op="sum")
         found = dict(zip(("gradient norm", "loss"), torch.stack([norm.float(), loss]).tolist(), strict=True))
         wrong = [
-            f"the {what}{f' of the {name}' if name else ''} is {x}" for what, x in found.items() if not isfinite(x)
+            f"the {what}{f' of the {name}' if name else ''} is {x}" for what, x in found.items() if not math.isfinite(x)
         ]
         if wrong:
             self._nonfinite(wrong[0])

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -22,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.products import forest_attention
 from rlhf.trees.forest import Forest
-from rlhf.trees.masks import attention_plan
+from rlhf.trees.masks import Slices, attention_plan, causal_mask
 
 IMPLEMENTATION = "tree"
 
@@ -79,7 +78,7 @@ class TreeAttention:
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _gather(x: Tensor, slices: tuple[tuple[int, int], ...]) -> Tensor:
+def _gather(x: Tensor, slices: Slices) -> Tensor:
     parts = [x[:, :, start:stop] for start, stop in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -110,16 +109,9 @@ def attend(
         )
     scores = (query @ key.transpose(-1, -2)) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + (_causal(scores.shape[-1], scores.dtype, scores.device) if mask is None else mask)
+    scores = scores + (causal_mask(*scores.shape[-2:], scores.dtype, scores.device) if mask is None else mask)
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32), dropout).to(value.dtype)
     return weights @ value
-
-
-@lru_cache(maxsize=256)
-def _causal(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(length, length) additive causal mask."""
-    future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:

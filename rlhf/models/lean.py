@@ -26,7 +26,8 @@ ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 class LeanTrunk:
     """Token ids to hidden states, under the attention plan of the context (`attending`).
 
-    It holds a copy of the weights as they are when it is made, so it serves until the next optimiser step.
+    Where products run in another dtype than the weights', it holds a copy of them as they are when it is made, so it
+    serves until the next optimiser step.
 
     Args:
         trunk: a model of `ARCHITECTURES`, its linear layers plain.

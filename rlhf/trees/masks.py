@@ -77,7 +77,7 @@ def _dense(block: Block, dtype: torch.dtype, device: torch.device) -> list[Block
     for start in range(block.start, block.stop, DENSE_QUERIES):
         stop = min(start + DENSE_QUERIES, block.stop)
         if block.mask is None:
-            mask = _causal(stop - start, stop - block.start, dtype, device)
+            mask = causal_mask(stop - start, stop - block.start, dtype, device)
             parts.append(Block(start, stop, ((block.start, stop),), mask))
         else:
             mask = block.mask[start - block.start : stop - block.start]
@@ -86,7 +86,7 @@ def _dense(block: Block, dtype: torch.dtype, device: torch.device) -> list[Block
 
 
 @lru_cache(maxsize=256)
-def _causal(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def causal_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(queries, keys) additive causal mask; the queries are the last of the keys."""
     future = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
