@@ -208,7 +208,7 @@ class _Decoder:
         lean = LeanTrunk.of(policy.model, rows)
         self.trunk = lean or _PlainTrunk(trunk_of(policy.model))
         head = self.hf.get_output_embeddings()
-        self.head = lean.linear(head) if lean and type(head) is nn.Linear else head
+        self.head = lean.linear((head,)) if lean and type(head) is nn.Linear else head
 
     def __call__(self, prompts: list[Tensor], sampling: Sampling, num_samples: int, sample_ids: list[int]) -> Samples:
         device = self.device

@@ -1,4 +1,4 @@
-"""The lean trunk beside the model's own: the same numbers, and only for the architectures that it computes."""
+"""Our own layers beside the model's: the same states, samples and gradients, for the architectures they compute."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlhf import rollouts
+from rlhf.models import forward
 from rlhf.models.attention import TreeAttention, attending
-from rlhf.models.forward import packed_states
+from rlhf.models.forward import forest_states, packed_states
 from rlhf.models.lean import LeanTrunk
 from rlhf.models.policy import Policy
 from rlhf.models.probe import tree_attention_fault
@@ -75,3 +76,48 @@ def test_samples_are_those_of_the_models_own_trunk(architecture, monkeypatch):
     plain = generate(policy, prompts, Sampling(12), num_samples=3)
     assert all(map(torch.equal, lean.response_ids, plain.response_ids))
     torch.testing.assert_close(torch.cat(lean.token_logps), torch.cat(plain.token_logps), rtol=0, atol=1e-5)
+
+
+def gradients(model, states, weights) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (states.float() * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [(), ("layers.0", "embed"), ("proj",), ("norm", "k_proj")], ids=str)
+@pytest.mark.parametrize("architecture", LEAN)
+def test_gradients_are_those_of_the_models_own_layers(architecture, frozen):
+    """Also where part of the weights is frozen: exactly the others get one."""
+    model, packed = ready(architecture), forest()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    weights = torch.randn(packed.num_tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(5))
+    expected = gradients(model, packed_states(model, packed)[0], weights)
+    found = gradients(model, forest_states(model, packed), weights)
+    assert found
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
+
+
+@pytest.mark.parametrize("architecture", LEAN)
+def test_gradients_under_autocast_are_as_near_to_float32_as_the_models_own(architecture):
+    model, packed = ready(architecture), forest()
+    weights = torch.randn(packed.num_tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(5))
+    exact = gradients(model, packed_states(model, packed)[0], weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, own = packed_states(model, packed)[0], forest_states(model, packed)
+    assert torch.equal(own, plain)
+    plain, own = gradients(model, plain, weights), gradients(model, own, weights)
+    for name, grad in exact.items():
+        assert own[name].dtype == grad.dtype
+        assert (own[name] - grad).norm() < 1.5 * (plain[name] - grad).norm() + 1e-3 * grad.norm(), name
+
+
+def test_what_the_layers_do_not_compute_goes_through_the_model(monkeypatch):
+    """Adapters, and dropout of attention weights while training."""
+    adapted = get_peft_model(ready("llama"), LoraConfig(r=2, target_modules=["up_proj"]))
+    models = [adapted, ready("llama", attention_dropout=0.5), ready("gpt2")]
+    monkeypatch.setattr(forward, "trained_states", lambda *_: pytest.fail("not for this model"))
+    for model in models:
+        forest_states(model.train(), forest())

@@ -101,6 +101,13 @@ def test_wrong_positions_are_found(monkeypatch):
         assert "differ from its plain ones" in tree_attention_fault(make_model(architecture))
 
 
+def test_layers_that_are_not_what_their_architecture_says_are_found(monkeypatch):
+    """Training computes the layers of known architectures itself: one that is not, must not be taken for one."""
+    plain = probe.forest_states
+    monkeypatch.setattr(probe, "forest_states", lambda *args: 1.01 * plain(*args))
+    assert "differ from its plain ones" in tree_attention_fault(make_model("llama"))
+
+
 @pytest.mark.parametrize("name", ["logit_scale", "logit_softcap"])
 def test_a_head_with_a_scale_or_cap_that_we_do_not_know_is_found(monkeypatch, name):
     """Chunked log-probabilities use the head's weights: Gemma-2 without its cap, Cohere without its scale, differ."""

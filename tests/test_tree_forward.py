@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
+from rlhf.models import products, trained
 from rlhf.models.forward import enable_checkpointing, packed_states
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
@@ -201,16 +202,22 @@ def test_checkpointing_gives_the_same_gradients(architecture):
     assert_close_gradients(found[1], found[0], relative=1e-6)
 
 
-def test_checkpointing_recomputes():
-    """The layers run again in the backward pass; no library warns of how it was switched on."""
-    policy, calls = policy_of("llama"), []
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_checkpointing_recomputes(architecture, monkeypatch):
+    """Every layer's attention runs again in the backward pass; no library warns of how it was switched on."""
+    policy, calls, plain = policy_of(architecture), [], products.attended
     policy.train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         enable_checkpointing(policy.model)
-    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for module in (products, trained):
+        monkeypatch.setattr(module, "attended", lambda *args, **options: calls.append(1) or plain(*args, **options))
     policy(Forest(branched()))[0].sum().backward()
-    assert len(calls) == 2
+    assert len(calls) == 2 * policy.model.config.num_hidden_layers
+
+
+def test_a_model_without_the_switch_is_named():
+    policy = policy_of("llama")
     policy.model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match="LlamaForCausalLM has no --gradient_checkpointing"):
         enable_checkpointing(policy.model)

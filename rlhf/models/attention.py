@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.products import forest_attention
 from rlhf.trees.forest import Forest
-from rlhf.trees.masks import Slices, attention_plan, causal_mask
+from rlhf.trees.masks import Slices, attention_plan, causal_mask, dense_blocks
 
 IMPLEMENTATION = "tree"
 
@@ -69,7 +69,8 @@ class TreeAttention:
     def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
         self.windows.add(window)
         if query.device.type == "cpu" and not dropout and softcap is None:
-            return forest_attention(self.forest, query, key, value, window=window, scaling=scaling)
+            blocks = dense_blocks(self.forest, window, query.dtype)
+            return forest_attention(blocks, query, key, value, scaling=scaling)
         outputs = []
         for block in attention_plan(self.forest, window, query.dtype):
             q = query[:, :, block.start : block.stop]

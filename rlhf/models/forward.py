@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
 from rlhf.models.attention import TreeAttention, active_plan, attending
+from rlhf.models.layers import is_lean
+from rlhf.models.trained import trained_states
 from rlhf.trees.forest import Forest
 
 KEEP = "keep"
@@ -61,6 +63,15 @@ def packed_states(
             input_ids=forest.input_ids[None], position_ids=forest.positions[None], use_cache=False, return_dict=True
         )
     return output.last_hidden_state[0], plan
+
+
+def forest_states(model: PreTrainedModel | PeftModel, forest: Forest) -> Tensor:
+    """(T, H) last hidden states of the packed tokens: on a CPU in few operations, where the architecture is known."""
+    trunk = trunk_of(model)
+    drops = trunk.training and getattr(trunk.config, "attention_dropout", 0.0)
+    if forest.input_ids.device.type == "cpu" and not drops and is_lean(trunk):
+        return trained_states(trunk, forest)
+    return packed_states(model, forest)[0]
 
 
 def padded_rows(forest: Forest) -> dict[str, Tensor]:

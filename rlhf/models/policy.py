@@ -11,7 +11,7 @@ from rlhf.logps import chunked_logps
 from rlhf.models.forward import (
     KEEP,
     accepted,
-    packed_states,
+    forest_states,
     padded_rows,
     place_in_rows,
     trunk_of,
@@ -69,7 +69,7 @@ class Policy(_Role):
         targets = forest.input_ids[forest.target_index]
         with using_adapter(self.model, self.adapter):
             if self.uses_trees:
-                states, _ = packed_states(self.model, forest)
+                states = forest_states(self.model, forest)
                 return head_logps(
                     self.model, states[forest.target_predecessor], targets, temperature=temperature, entropy=entropy
                 )
@@ -140,8 +140,7 @@ class Scorer(_Role):
         """Scores at packed positions `at` (N,) of the forest: (N,) float32."""
         with using_adapter(self.model, self.adapter):
             if self.uses_trees:
-                states, _ = packed_states(self.model, forest)
-                states = states[at]
+                states = forest_states(self.model, forest)[at]
             else:
                 trunk = trunk_of(self.model)
                 row, column = place_in_rows(forest)

@@ -9,7 +9,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from rlhf.models.attention import IMPLEMENTATION, UnsupportedAttention
-from rlhf.models.forward import accepted, packed_states, padded_rows, place_in_rows, trunk_of, unwrapped
+from rlhf.models.forward import accepted, forest_states, packed_states, padded_rows, place_in_rows, trunk_of, unwrapped
 from rlhf.models.policy import logit_scale, logit_softcap
 from rlhf.trees.forest import Forest, Tree
 
@@ -71,15 +71,17 @@ def _fault(hf: PreTrainedModel) -> str | None:
     try:
         hf.set_attn_implementation(IMPLEMENTATION)
         packed, plan = packed_states(hf, forest)
+        trained = forest_states(hf, forest)
     except (UnsupportedAttention, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         return f"it does not take another attention function ({error})".replace("\n", " ")
     except RuntimeError as error:
         return f"its forward pass fails on packed rows ({error})".replace("\n", " ")
     if not plan.windows:
         return "it ignores the attention function"
-    difference = (packed - plain).abs().max() / plain.abs().max().clamp(min=1e-6)
-    if not difference < TOLERANCE:
-        return f"its packed states differ from its plain ones by {difference:.1e} of their size"
+    for states in (packed, trained):
+        difference = (states - plain).abs().max() / plain.abs().max().clamp(min=1e-6)
+        if not difference < TOLERANCE:
+            return f"its packed states differ from its plain ones by {difference:.1e} of their size"
     declared = _declared_window(hf.config)
     if declared is not None and declared not in plan.windows:
         return f"its sliding window of {declared} does not reach the attention function"
