@@ -34,12 +34,12 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "sft": {"loss_type": ["nll", "chunked_nll"], "padding_free": [False, True]},
     "rm": {},
     "dpo": {},
-    "dpo_long": {"accumulation": [1, 4]},
+    "dpo_long": {"accumulation": [4, 1]},
     "ppo": {"accumulation": [1, 4]},
     "rollouts": {"weights": ["bfloat16", "float32"], "cache": ["dynamic", "static"]},
 }
 """What may make the peer faster on a stage (or let it fit into memory), tried in this order; `accumulation`: cuts of a
-step. Besides, both allocators and both attentions."""
+step. Besides, both attentions."""
 
 
 class Clock(TrainerCallback):
@@ -69,7 +69,7 @@ class Clock(TrainerCallback):
 def settings(request: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the trainer's config, but for its folder."""
     chosen, batch = request["settings"], request["batch"]
-    accumulation = chosen.get("accumulation", 1)
+    accumulation = min(chosen.get("accumulation", 1), batch)
     arguments = {
         "max_steps": request["num_steps"],
         "per_device_train_batch_size": batch // accumulation,

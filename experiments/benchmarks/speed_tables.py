@@ -10,43 +10,50 @@ MEDIANS = ("seconds", "samples_per_second", "tokens_per_second", "share", "peak_
 
 
 def summary_of(sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the runs of each side, and the ratios of the peer to ours.
+    """Medians over the runs of each side, and of each other side the ratios to ours.
+
+    `least` and `most` are of two runs that followed one another, for a side with as many runs as ours.
 
     >>> run = dict.fromkeys(MEDIANS, 1.0)
     >>> ours, peer = [run, {**run, "seconds": 3.0}], [{**run, "seconds": 4.0}, {**run, "seconds": 6.0}]
-    >>> summary_of({"ours": ours, "peer": peer})["ratio"]
-    {'seconds': 2.5, 'least': 2.0, 'most': 4.0, 'peak_bytes': 1.0}
+    >>> summary_of({"ours": ours, "peer": peer})["peer"]["ratio"]
+    {'seconds': 2.5, 'peak_bytes': 1.0, 'least': 2.0, 'most': 4.0}
+    >>> summary_of({"ours": ours, "peer": peer[:1]})["peer"]["ratio"]
+    {'seconds': 2.0, 'peak_bytes': 1.0}
     """
-    medians = {
-        side: {name: statistics.median(r[name] for r in runs) for name in MEDIANS} for side, runs in sides.items()
+    summary: dict[str, Any] = {
+        side: {name: statistics.median(r[name] for r in runs) for name in MEDIANS}
+        for side, runs in sides.items()
+        if runs
     }
-    ratios = [p["seconds"] / o["seconds"] for o, p in zip(sides["ours"], sides["peer"], strict=True)]
-    ours, peer = medians["ours"], medians["peer"]
-    ratio = {
-        "seconds": peer["seconds"] / ours["seconds"],
-        "least": min(ratios),
-        "most": max(ratios),
-        "peak_bytes": peer["peak_bytes"] / ours["peak_bytes"],
-    }
-    return {**medians, "ratio": ratio}
+    ours = summary["ours"]
+    for side, runs in sides.items():
+        if side == "ours" or not runs:
+            continue
+        ratio = {name: summary[side][name] / ours[name] for name in ("seconds", "peak_bytes")}
+        if len(runs) == len(sides["ours"]):
+            ratios = [p["seconds"] / o["seconds"] for o, p in zip(sides["ours"], runs, strict=True)]
+            ratio.update(least=min(ratios), most=max(ratios))
+        summary[side]["ratio"] = ratio
+    return summary
 
 
 def stage_table(results: dict[str, Any], stages: list[str]) -> str:
     """A table of these stages, then what both sides were set to and what else the peer was tried at."""
     lines = [
-        "| stage | side | s a step | peer / ours (pairs of runs) | samples/s | tokens/s | peak GB (loaded) | share |",
+        "| stage | side | s a step | over ours (pairs of runs) | samples/s | tokens/s | peak GB (loaded) | share |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for stage in stages:
-        summary = results["stages"][stage]["summary"]
-        ratio = summary["ratio"]
-        for side in ("ours", "peer"):
-            s = summary[side]
-            shown = f"{ratio['seconds']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})" if side == "ours" else ""
+        for side, found in results["stages"][stage]["summary"].items():
+            ratio, shown = found.get("ratio"), ""
+            if ratio is not None:
+                spread = f" ({ratio['least']:.2f}-{ratio['most']:.2f})" if "least" in ratio else ""
+                shown = f"{ratio['seconds']:.2f}{spread}"
             lines.append(
-                f"| {stage} | {side} | {s['seconds']:.3f} | {shown} | {s['samples_per_second']:.2f} "
-                f"| {s['tokens_per_second']:,.0f} | {s['peak_bytes'] / 1e9:.2f} ({s['loaded_bytes'] / 1e9:.2f}) "
-                f"| {100 * s['share']:.1f} % |"
+                f"| {stage} | {side} | {found['seconds']:.3f} | {shown} | {found['samples_per_second']:.2f} "
+                f"| {found['tokens_per_second']:,.0f} | {found['peak_bytes'] / 1e9:.2f} "
+                f"({found['loaded_bytes'] / 1e9:.2f}) | {100 * found['share']:.1f} % |"
             )
     for stage in stages:
         found = results["stages"][stage]
