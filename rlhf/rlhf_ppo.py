@@ -269,7 +269,7 @@ def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
     log_ratio = (token_logps - batch.old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     new_logps = batch.old_logps + log_ratio
     losses = ppo_policy_loss(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
-    clipped = policy_clipped(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
+    clipped = policy_clipped(log_ratio, batch.advantages, clip_low=flags.clip_coeff, clip_high=flags.clip_coeff)
     ratio, approx_kl = log_ratio.detach().exp(), kl_k2(new_logps.detach(), batch.old_logps)
     step.metrics.mean("train/policy_loss", losses, step.weight)
     step.metrics.mean("train/entropy", entropies, step.weight)
