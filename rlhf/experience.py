@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from rlhf.data.prompts import Prompts
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.run import Run
 from rlhf.models.roles import Roles
-from rlhf.rewards import RewardModel
+from rlhf.rewards.mix import Rewards
 from rlhf.rollouts import generate
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
@@ -29,8 +29,10 @@ class Experience:
         old_logps: (T,) log-probabilities of the response's tokens under the policy that sampled them.
         ref_logps: (T,) the same under the reference.
         values: (T + 1,) the critic before each token, and after the last (the end state).
-        score: normalised score of the whole response.
+        score: reward of the whole response.
         ended: whether it holds a stop token.
+        parts: the rewards that the score adds up, by name, before their weights.
+        process_rewards: (T,) what tokens earn of the score themselves, or None.
     """
 
     position: int
@@ -41,6 +43,8 @@ class Experience:
     values: Tensor
     score: float
     ended: bool
+    parts: dict[str, float] = field(default_factory=dict)
+    process_rewards: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +60,8 @@ class Rollout:
         old_logps, ref_logps: (N, L).
         values: (N, L): before each token, and at the end state where L leaves room for it.
         scores: (N,); ended: (N,) bool.
+        process_rewards: (N, L), 0 where no token earns anything itself.
+        parts: name to (N,): the rewards that the scores add up.
     """
 
     response_mask: Tensor
@@ -64,6 +70,8 @@ class Rollout:
     values: Tensor
     scores: Tensor
     ended: Tensor
+    process_rewards: Tensor
+    parts: dict[str, Tensor]
 
 
 @dataclass
@@ -88,15 +96,17 @@ def stack(experiences: Sequence[Experience], width: int) -> Rollout:
     Raises:
         ValueError: a response is longer than `width`.
     """
-    num = len(experiences)
+    num, names = len(experiences), experiences[0].parts if experiences else ()
     lengths = torch.tensor([len(e.response) for e in experiences])
     if num and int(lengths.max()) > width:
         raise ValueError(f"a response of {int(lengths.max())} tokens does not fit {width} columns")
-    old_logps, ref_logps, values = (torch.zeros(num, width) for _ in range(3))
+    old_logps, ref_logps, values, process = (torch.zeros(num, width) for _ in range(4))
     for i, e in enumerate(experiences):
         n = len(e.response)
         old_logps[i, :n], ref_logps[i, :n] = e.old_logps, e.ref_logps
         values[i, : n + 1] = e.values[: width if n == width else n + 1]
+        if e.process_rewards is not None:
+            process[i, :n] = e.process_rewards
     return Rollout(
         response_mask=torch.arange(width) < lengths[:, None],
         old_logps=old_logps,
@@ -104,6 +114,8 @@ def stack(experiences: Sequence[Experience], width: int) -> Rollout:
         values=values,
         scores=torch.tensor([e.score for e in experiences]),
         ended=torch.tensor([e.ended for e in experiences], dtype=torch.bool),
+        process_rewards=process,
+        parts={name: torch.tensor([e.parts[name] for e in experiences]) for name in names},
     )
 
 
@@ -114,9 +126,9 @@ def value_index(forest: Forest, has_end: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect(
-    run: Run, flags: Any, roles: Roles, reward: RewardModel, prompts: Prompts, rows: list[int], temperature: float
+    run: Run, flags: Any, roles: Roles, rewards: Rewards, prompts: Prompts, rows: list[int], temperature: float
 ) -> list[Experience]:
-    """Sample one response to each prompt of `rows` (over all devices), and judge it by the frozen roles.
+    """Sample one response to each prompt of `rows` (over all devices); rewards and frozen roles judge it.
 
     The devices share the work; each returns all experiences, in the order of `rows`, so that everything after
     is the same on every device. A sample's noise depends on the seed, the step and its place among the rows.
@@ -129,32 +141,30 @@ def collect(
     found: list[Experience] = []
     with run.fabric.autocast():
         samples = generate(roles.actor, texts, sampling, sample_ids=mine, max_rows=flags.rollout_mini_batch_size)
+        cuts = [cut_after_stop(response, stops) for response in samples.response_ids]
+        responses = [ids[:length].cpu() for ids, (length, _) in zip(samples.response_ids, cuts, strict=True)]
+        ended = [end for _, end in cuts]
+        scores = rewards.over(prompts)(texts, responses, [rows[position] for position in mine], ended)
         for batch in cut(range(len(mine)), micro_batch_size=flags.rollout_mini_batch_size):
-            responses, old_logps, ended = [], [], []
-            for i in batch:
-                length, end = cut_after_stop(samples.response_ids[i], stops)
-                responses.append(samples.response_ids[i][:length].cpu())
-                old_logps.append(samples.token_logps[i][:length].cpu())
-                ended.append(end)
-            batch_prompts = [texts[i] for i in batch]
-            forest = Forest([Tree.of(p, r) for p, r in zip(batch_prompts, responses, strict=True)]).to(run.device)
+            forest = Forest([Tree.of(texts[i], responses[i]) for i in batch]).to(run.device)
             ref_logps, _ = roles.reference(forest, temperature=temperature)
             everywhere = torch.ones(len(batch), dtype=torch.bool, device=run.device)
             values = roles.critic(forest, value_index(forest, everywhere)).cpu()
-            scores = reward(batch_prompts, responses, ended)
-            lengths = [len(r) for r in responses]
+            lengths = [len(responses[i]) for i in batch]
             before, after = values[: sum(lengths)].split(lengths), values[sum(lengths) :]
             for k, i in enumerate(batch):
                 found.append(
                     Experience(
                         position=mine[i],
-                        prompt=batch_prompts[k],
-                        response=responses[k],
-                        old_logps=old_logps[k],
+                        prompt=texts[i],
+                        response=responses[i],
+                        old_logps=samples.token_logps[i][: lengths[k]].cpu(),
                         ref_logps=ref_logps.cpu().split(lengths)[k],
                         values=torch.cat([before[k], after[k : k + 1]]),
-                        score=float(scores[k]),
-                        ended=ended[k],
+                        score=float(scores.total[i]),
+                        ended=ended[i],
+                        parts={name: float(part[i]) for name, part in scores.parts.items()},
+                        process_rewards=None if scores.token is None else scores.token[i],
                     )
                 )
     return sorted(run.gather(found), key=lambda e: e.position)

@@ -300,6 +300,19 @@ class GenerationFlags:
     """False: always the likeliest token."""
 
 
+@dataclass(kw_only=True)
+class RewardFlags:
+    """Rewards of sampled responses."""
+
+    reward: list[str] = dataclasses.field(default_factory=list)
+    """Rewards that are added up, each [WEIGHT*]KIND[:ARGUMENT]: model:FOLDER, function:FILE.py:NAME, http:URL, exact,
+    numeric[:TOLERANCE], regex:PATTERN, length:TOKENS, overlong:FROM:TO, repetition[:N] or keyword:WORD,WORD."""
+    reward_timeout: float = 60.0
+    """Seconds that one call of a function or of a URL may take; 0: no limit, and functions run in the main thread."""
+    rm_experiment_dir: str | None = None
+    """Experiment (or model) of a reward model: the same as model:FOLDER, of weight 1, in --reward."""
+
+
 def check_positive(flags: Any, *names: str) -> None:
     """Raise `UserError` for the first of these flags that is set and not above 0."""
     for name in names:

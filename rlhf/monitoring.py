@@ -17,7 +17,7 @@ from rlhf.kl import kl_k1, kl_k3
 from rlhf.losses.policy_gradient import explained_variance
 from rlhf.masked import masked_mean
 from rlhf.models.roles import Roles
-from rlhf.rewards import RewardModel
+from rlhf.rewards.mix import Rewards
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 
@@ -33,13 +33,13 @@ def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targe
     lengths = mask.sum(1).double()
     response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
     penalty = kl_coef * (targets.token_kl * mask).sum(1).mean().item()
-    shape = scores.mean().item()
+    shaped = scores.mean().item()
     values = {
         "train/score": rollout.scores.mean().item(),
         "train/score_std": rollout.scores.std(correction=0).item(),
-        "train/shaped_score": shape,
+        "train/shaped_score": shaped,
         "train/kl_penalty": penalty,
-        "train/reward": shape - penalty,
+        "train/reward": shaped - penalty,
         "train/kl_per_response": response_kl,
         "train/kl_per_token": kl,
         "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
@@ -51,6 +51,7 @@ def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targe
         "train/return": masked_mean(targets.returns, targets.value_mask).item(),
         "train/explained_variance": explained_variance(rollout.values, targets.returns, targets.value_mask).item(),
     }
+    values |= {f"train/reward_{name}": part.mean().item() for name, part in rollout.parts.items()}
     for name, value in values.items():
         step.metrics.put(name, value)
     return response_kl
@@ -127,27 +128,29 @@ def log_ratio_per_response(
 
 @torch.no_grad()
 def evaluate_sampling(
-    run: Run, flags: Any, roles: Roles, reward: RewardModel, prompts: Prompts
+    run: Run, flags: Any, roles: Roles, rewards: Rewards, prompts: Prompts
 ) -> tuple[dict[str, float], list[dict]]:
     """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
     limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
     rows = list(range(limit))
-    experiences = collect(run, flags, roles, reward, prompts, rows, flags.eval_temperature)
+    experiences = collect(run, flags, roles, rewards, prompts, rows, flags.eval_temperature)
     values = {
         "val/score": sum(e.score for e in experiences) / len(experiences),
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
         "val/kl": log_ratio_per_response(run, roles, experiences, flags.temperature, flags.rollout_mini_batch_size),
     }
-    answers = [(e, prompts.answer(rows[e.position])) for e in experiences]
-    answers = [(e, a) for e, a in answers if a is not None]
+    for name in experiences[0].parts:
+        values[f"val/reward_{name}"] = sum(e.parts[name] for e in experiences) / len(experiences)
+    answers = [(row, prompts.answer(row)) for row in rows]
+    answers = [(row, answer) for row, answer in answers if answer is not None]
     if answers:
-        scores = []
+        mine = answers[run.rank :: run.world_size]
         with run.fabric.autocast():
-            for batch in cut(range(len(answers)), micro_batch_size=flags.rollout_mini_batch_size):
-                pairs = [answers[i] for i in batch]
-                scores.append(reward([e.prompt for e, _ in pairs], [a for _, a in pairs], [True] * len(pairs)))
-        values["val/reference_score"] = torch.cat(scores).mean().item()
+            scores = rewards.over(prompts)(
+                [prompts.prompt(row) for row, _ in mine], [a for _, a in mine], [r for r, _ in mine]
+            )
+        values["val/reference_score"] = sum(run.gather(scores.total.tolist())) / len(answers)
     decode = prompts.tokenizer.decode
     samples = [
         {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}

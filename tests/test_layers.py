@@ -32,7 +32,7 @@ LAYERS = {
     "rlhf/trees/*.py": 1,
     "rlhf/models/*.py": 2,
     "rlhf/rollouts.py": 2,
-    "rlhf/rewards.py": 2,
+    "rlhf/rewards/*.py": 2,
     "rlhf/experiment/*.py": 3,
     "rlhf/evaluation.py": 3,
     "rlhf/experience.py": 3,

@@ -12,7 +12,7 @@ from rlhf.flags import ModelFlags
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import load_policy, load_scorer, save_model
 from rlhf.models.roles import Roles, load_roles
-from rlhf.rewards import RewardModel
+from rlhf.rewards.models import RewardModel
 from rlhf.rlhf_ppo import main
 from rlhf.trees.forest import Forest, Tree
 from tests.ppo import flags_of, make_world, set_up
