@@ -319,3 +319,24 @@ def check_positive(flags: Any, *names: str) -> None:
         value = getattr(flags, name, None)
         if value is not None and value <= 0:
             raise UserError(f"--{name}={value} must be above 0")
+
+
+def check_on_policy(flags: Any, algorithm: str) -> None:
+    """Raise `UserError` where a run would learn from another distribution than the one that it samples from.
+
+    Args:
+        algorithm: its name, for the user.
+    """
+    if flags.top_k or flags.top_p != 1.0 or not flags.do_sample:
+        raise UserError(
+            f"{algorithm} trains on the distribution that it samples from: leave --top_k=0, --top_p=1 and "
+            f"--do_sample=True (--temperature is applied in training too)"
+        )
+    if not flags.disable_dropout:
+        raise UserError(f"{algorithm} needs dropout off in every role; leave --disable_dropout=True")
+    if flags.rollout_size % flags.mini_batch_size:
+        nearest = max(1, round(flags.rollout_size / flags.mini_batch_size)) * flags.mini_batch_size
+        raise UserError(
+            f"--rollout_size={flags.rollout_size} is no multiple of --mini_batch_size={flags.mini_batch_size}; the "
+            f"nearest is {nearest}"
+        )

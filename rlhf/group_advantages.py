@@ -133,30 +133,6 @@ def without_spread(rewards: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
-    """DAPO's soft overlong punishment: 0 up to `max_length - cache` tokens, then down a line to -1 at `max_length`.
-
-        min(0, (max_length - cache - length) / cache)
-
-    Yu et al. 2025 (arXiv 2503.14476), eq. 13. A response that reached `max_length` was cut there, and gets -1.
-
-    Args:
-        lengths: (N,) tokens of each response, at most `max_length`.
-        max_length: the longest response that sampling allows, in tokens.
-        cache: tokens over which the punishment grows, from 1 to `max_length`; 0: none anywhere.
-
-    Returns:
-        (N,) float32 in [-1, 0], to be added to the rewards.
-
-    >>> overlong_penalty(torch.tensor([10, 16, 18, 20]), max_length=20, cache=4)
-    tensor([ 0.0000,  0.0000, -0.5000, -1.0000])
-    """
-    if cache == 0:
-        return torch.zeros(len(lengths))
-    return ((max_length - cache - lengths.float()) / cache).clamp(max=0)
-
-
-@torch.no_grad()
 def response_weights(lengths: Tensor, counted: Tensor, *, normalization: Normalization, max_length: int) -> Tensor:
     """The weight of one token's loss in each response of an optimiser step: their weighted sum is the step's loss.
 

@@ -22,39 +22,54 @@ from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 
 
+def measure_samples(step: Step, rollout: Rollout) -> None:
+    """Log what tells a healthy run from a hacked reward: scores, lengths, perplexity, distance from the reference."""
+    mask, old_logps, ref_logps = rollout.response_mask, rollout.old_logps, rollout.ref_logps
+    values = {
+        "train/score": rollout.scores.mean().item(),
+        "train/score_std": rollout.scores.std(correction=0).item(),
+        "train/response_length": mask.sum(1).double().mean().item(),
+        "train/eos_rate": rollout.ended.double().mean().item(),
+        "train/perplexity": math.exp(-masked_mean(old_logps, mask).item()),
+    }
+    if ref_logps is not None:
+        values |= {
+            "train/kl_per_response": response_kl(rollout),
+            "train/kl_per_token": masked_mean(kl_k1(old_logps, ref_logps), mask).item(),
+            "train/kl_k3_per_token": masked_mean(kl_k3(old_logps, ref_logps), mask).item(),
+        }
+    values |= {f"train/reward_{name}": part.mean().item() for name, part in rollout.parts.items()}
+    for name, value in values.items():
+        step.metrics.put(name, value)
+
+
+def response_kl(rollout: Rollout) -> float:
+    """Mean KL of a response (k1), in nats; the rollout must have a reference."""
+    return ((rollout.old_logps - rollout.ref_logps) * rollout.response_mask).sum(1).mean().item()
+
+
 def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targets, kl_coef: float) -> float:
-    """Log what tells a healthy run from a hacked reward; returns the mean KL of a response (k1), in nats.
+    """Log `measure_samples`, the reward and what the critic says; returns the mean KL of a response, in nats.
 
     Args:
         scores: (N,) as they enter the reward.
     """
+    measure_samples(step, rollout)
     mask = rollout.response_mask
-    kl = masked_mean(kl_k1(rollout.old_logps, rollout.ref_logps), mask).item()
-    lengths = mask.sum(1).double()
-    response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
     penalty = kl_coef * (targets.token_kl * mask).sum(1).mean().item()
     shaped = scores.mean().item()
     values = {
-        "train/score": rollout.scores.mean().item(),
-        "train/score_std": rollout.scores.std(correction=0).item(),
         "train/shaped_score": shaped,
         "train/kl_penalty": penalty,
         "train/reward": shaped - penalty,
-        "train/kl_per_response": response_kl,
-        "train/kl_per_token": kl,
-        "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
         "train/kl_coef": kl_coef,
-        "train/response_length": lengths.mean().item(),
-        "train/eos_rate": rollout.ended.double().mean().item(),
-        "train/perplexity": math.exp(-masked_mean(rollout.old_logps, mask).item()),
         "train/value": masked_mean(rollout.values, mask).item(),
         "train/return": masked_mean(targets.returns, targets.value_mask).item(),
         "train/explained_variance": explained_variance(rollout.values, targets.returns, targets.value_mask).item(),
     }
-    values |= {f"train/reward_{name}": part.mean().item() for name, part in rollout.parts.items()}
     for name, value in values.items():
         step.metrics.put(name, value)
-    return response_kl
+    return response_kl(rollout)
 
 
 @torch.no_grad()
@@ -69,15 +84,16 @@ def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], t
     forest = Forest([Tree.of(e.prompt, e.response) for e in mine]).to(run.device)
     with run.fabric.autocast():
         recomputed, _ = roles.actor(forest, temperature=temperature)
-    sampled, reference = (torch.cat([getattr(e, n) for e in mine]) for n in ("old_logps", "ref_logps"))
     recomputed = recomputed.cpu()
-    sampling_gap = (sampled - recomputed).abs().max().item()
-    reference_gap = (reference - recomputed).abs().max().item()
+    sampling_gap = (torch.cat([e.old_logps for e in mine]) - recomputed).abs().max().item()
     if sampling_gap > (1e-3 if exact else 0.5):
         raise UserError(
             f"sampling and training disagree on the same policy by {sampling_gap:.2g} nats a token before any update; "
-            f"a model whose forward depends on more than its tokens cannot be trained by PPO"
+            f"a model whose forward depends on more than its tokens cannot be trained on its own samples"
         )
+    if roles.reference is None:
+        return
+    reference_gap = (torch.cat([e.ref_logps for e in mine]) - recomputed).abs().max().item()
     if reference_gap > (1e-4 if exact else 0.5):
         raise UserError(
             f"policy and reference differ by {reference_gap:.2g} nats a token before any update; give both the same "
@@ -138,8 +154,10 @@ def evaluate_sampling(
         "val/score": sum(e.score for e in experiences) / len(experiences),
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
-        "val/kl": log_ratio_per_response(run, roles, experiences, flags.temperature, flags.rollout_mini_batch_size),
     }
+    if roles.reference is not None:
+        size = flags.rollout_mini_batch_size
+        values["val/kl"] = log_ratio_per_response(run, roles, experiences, flags.temperature, size)
     for name in experiences[0].parts:
         values[f"val/reward_{name}"] = sum(e.parts[name] for e in experiences) / len(experiences)
     answers = [(row, prompts.answer(row)) for row in rows]

@@ -49,10 +49,11 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
+    check_on_policy,
     check_positive,
     launch,
 )
-from rlhf.kl import kl_k1, kl_k2, kl_k3
+from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
     ppo_policy_loss,
@@ -66,12 +67,11 @@ from rlhf.models.roles import load_roles
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
 from rlhf.rewards.mix import load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
-from rlhf.trees.batches import epoch_order, rows_of_step
+from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import finetune_tree
 
 MAX_LOG_RATIO = 20.0
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 @dataclass(kw_only=True)
@@ -155,19 +155,7 @@ class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, G
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
-        if self.top_k or self.top_p != 1.0 or not self.do_sample:
-            raise UserError(
-                "PPO trains on the distribution that it samples from: leave --top_k=0, --top_p=1 and --do_sample=True "
-                "(--temperature is applied in training too)"
-            )
-        if not self.disable_dropout:
-            raise UserError("PPO needs dropout off in every role; leave --disable_dropout=True")
-        if self.rollout_size % self.mini_batch_size:
-            nearest = max(1, round(self.rollout_size / self.mini_batch_size)) * self.mini_batch_size
-            raise UserError(
-                f"--rollout_size={self.rollout_size} is no multiple of --mini_batch_size={self.mini_batch_size}; the "
-                f"nearest is {nearest}"
-            )
+        check_on_policy(self, "PPO")
         if self.whiten_rewards and self.rollout_size < 8:
             raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
         if self.center_rewards and not self.normalize_rewards:
@@ -188,16 +176,6 @@ class Batch:
     def to(self, device: torch.device) -> None:
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
-
-
-def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> list[int]:
-    """Responses of each step's rollout: the last of an epoch is short where the prompts don't divide.
-
-    >>> rollout_sizes(10, 4, num_steps=5)
-    [4, 4, 2, 4, 4]
-    """
-    windows = math.ceil(num_prompts / global_batch)
-    return [min(global_batch, num_prompts - step % windows * global_batch) for step in range(num_steps)]
 
 
 def shaped_scores(rollout: Rollout, flags: PPOFlags, moments: RunningMoments) -> Tensor:
@@ -394,7 +372,9 @@ def main(flags: PPOFlags) -> dict:
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer, state())
         began = time.perf_counter()
-        experiences = collect(run, flags, roles, rewards, prompts, step.global_rows, flags.temperature)
+        experiences = collect(
+            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
+        )
         rollout = stack(experiences, flags.max_new_tokens)
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)

@@ -94,7 +94,8 @@ class Setting:
         """Experiences on `rows` (all unless given), with some flags changed."""
         flags = PPOFlags(**{**vars(self.flags), **changes})
         rows = list(range(len(self.prompts))) if rows is None else rows
-        return collect(self.run, flags, self.roles, self.rewards, self.prompts, rows, flags.temperature)
+        given = self.run, flags, self.roles, self.rewards, self.prompts, rows, flags.temperature
+        return collect(*given, stop_at_eos=flags.stop_at_eos)
 
 
 def set_up(flags: PPOFlags) -> Setting:
@@ -145,8 +146,8 @@ def train(flags: PPOFlags, monkeypatch) -> Watched:
     watched = Watched()
     make_optimizer, load, pack = rlhf_ppo.make_optimizer, rlhf_ppo.load_roles, rlhf_ppo.pack
 
-    def watch_collect(run, flags, roles, rewards, prompts, rows, temperature):
-        found = collect(run, flags, roles, rewards, prompts, rows, temperature)
+    def watch_collect(run, flags, roles, rewards, prompts, rows, temperature, **options):
+        found = collect(run, flags, roles, rewards, prompts, rows, temperature, **options)
         if temperature == flags.temperature:
             watched.experiences.append(found)
             watched.rows.append(rows)

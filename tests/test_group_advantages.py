@@ -12,7 +12,6 @@ from rlhf.group_advantages import (
     dr_grpo_advantages,
     group_means,
     grpo_advantages,
-    overlong_penalty,
     reinforce_pp_advantages,
     response_weights,
     rloo_advantages,
@@ -117,13 +116,6 @@ def test_nothing_carries_a_gradient():
 
 def test_group_means_by_hand():
     assert group_means(REWARDS).tolist() == [[0.75], [4.0]]
-
-
-def test_overlong_by_hand():
-    """Longest 20, cache 4: nothing up to 16 tokens, then a quarter a token, -1 at 20."""
-    lengths = torch.tensor([0, 16, 17, 19, 20])
-    assert overlong_penalty(lengths, max_length=20, cache=4).tolist() == [0.0, 0.0, -0.25, -0.75, -1.0]
-    assert overlong_penalty(lengths, max_length=20, cache=0).tolist() == [0.0] * 5
 
 
 def test_weights_by_hand():

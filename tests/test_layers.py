@@ -23,6 +23,7 @@ LAYERS = {
     "rlhf/kl.py": 0,
     "rlhf/logps.py": 0,
     "rlhf/advantages.py": 0,
+    "rlhf/group_advantages.py": 0,
     "rlhf/allocator.py": 0,
     "rlhf/schedules.py": 0,
     "rlhf/reports.py": 0,

@@ -1,4 +1,4 @@
-"""The four roles of PPO: actor, reference, critic and reward model; with LoRA as few copies of a base as can be."""
+"""The roles of RL: actor, reference, critic and reward model; with LoRA as few copies of a base as can be."""
 
 from __future__ import annotations
 
@@ -24,17 +24,42 @@ _NUMBER = {3: "three", 4: "four"}
 
 @dataclass
 class Roles:
-    """Actor and critic are trained; reference and reward are frozen. Without a reward model, `reward` is None.
+    """Actor and critic are trained; reference and reward are frozen. A role that a run doesn't have is None.
 
     Attributes:
         sharing: one clause for the user: which roles share one copy of the weights.
     """
 
     actor: Policy
-    reference: Policy
-    critic: Scorer
+    reference: Policy | None
+    critic: Scorer | None
     reward: Scorer | None
     sharing: str
+
+
+def load_actor(sft: str, flags: ModelFlags, *, with_reference: bool) -> Roles:
+    """The roles of RL without a critic: the actor and, where it is asked for, its frozen reference.
+
+    Args:
+        sft: what `resolve` returned: where both start.
+
+    With `--finetune_mode=lora` the reference is the actor's weights without the trained adapter.
+    """
+    actor = load_policy(sft, flags)
+    set_dropout_off(actor)
+    if not with_reference:
+        return Roles(actor, None, None, None, "no reference")
+    if flags.finetune_mode == "lora":
+        return Roles(actor, _reference_under(actor), None, None, "policy and reference on 1 copy")
+    reference = load_policy(sft, flags, trainable=False)
+    set_dropout_off(reference)
+    return Roles(actor, reference, None, None, "policy and reference are two models")
+
+
+def _reference_under(actor: Policy) -> Policy:
+    """The reference over the weights of a LoRA actor: the adapter that it continues, or none."""
+    continued = "reference" in actor.model.peft_config
+    return Policy(actor.model, uses_trees=actor.uses_trees, adapter="reference" if continued else None)
 
 
 def load_roles(
@@ -61,11 +86,7 @@ def load_roles(
     if flags.finetune_mode != "lora":
         return _separate(sft, reward, critic_init, flags, reward_weight)
     actor = load_policy(sft, flags)
-    reference = Policy(
-        actor.model,
-        uses_trees=actor.uses_trees,
-        adapter="reference" if "reference" in actor.model.peft_config else None,
-    )
+    reference = _reference_under(actor)
     shares = (
         reward is not None and adapter_base(reward) is not None and adapter_has_head(reward) and _same_base(sft, reward)
     )
