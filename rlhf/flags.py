@@ -321,6 +321,14 @@ def check_positive(flags: Any, *names: str) -> None:
             raise UserError(f"--{name}={value} must be above 0")
 
 
+def check_not_negative(flags: Any, *names: str) -> None:
+    """Raise `UserError` for the first of these flags that is set and below 0."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name}={value} must not be below 0")
+
+
 def check_on_policy(flags: Any, algorithm: str) -> None:
     """Raise `UserError` where a run would learn from another distribution than the one that it samples from.
 

@@ -41,7 +41,8 @@ def grpo_advantages(rewards: Tensor, *, eps: float = 1e-4) -> Tensor:
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     centred = _centred(rewards)
-    return (centred / (rewards.double().std(1, keepdim=True) + eps)).float()
+    std = (centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)).sqrt()
+    return (centred / (std + eps)).float()
 
 
 @torch.no_grad()

@@ -61,6 +61,7 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
+    check_not_negative,
     check_on_policy,
     check_positive,
     launch,
@@ -125,6 +126,8 @@ class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, 
     """Where the KL stands: in the loss of each token, or in the reward. loss unless set."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Estimator of each token's KL; k3 in the loss and k1 in the reward unless set."""
+    kl_unbiased: bool = False
+    """Multiply the loss's KL by the token's ratio: its gradient is then that of the KL (DeepSeek-V3.2, 2512.02556)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     missing_eos_penalty: float = 0.0
@@ -146,9 +149,7 @@ class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, 
         check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
         check_positive(self, "eval_temperature")
         check_on_policy(self, "GRPO")
-        for name in ("kl_coef", "clip_low", "clip_high", "max_resamples", "missing_eos_penalty"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name}={getattr(self, name)} must not be below 0")
+        check_not_negative(self, "kl_coef", "clip_low", "clip_high", "max_resamples", "missing_eos_penalty")
         if self.num_samples == 1 and self.advantage != "reinforce_pp":
             raise UserError(
                 f"--advantage={self.advantage} compares the responses to one prompt: --num_samples must be 2 or more "
@@ -156,9 +157,12 @@ class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, 
             )
         if not self.kl_coef and (self.kl_in or self.kl_estimator):
             raise UserError("--kl_in and --kl_estimator have no meaning without --kl_coef; set it above 0")
-        if self.kl_in != "reward" and self.kl_estimator == "k1":
+        if self.kl_unbiased and (self.kl_in == "reward" or not self.kl_coef):
+            raise UserError("--kl_unbiased has no meaning without a KL in the loss; set --kl_coef and --kl_in=loss")
+        if self.kl_in != "reward" and self.kl_estimator == "k1" and not self.kl_unbiased:
             raise UserError(
-                "--kl_estimator=k1 in the loss has a gradient of 0 on average; take k2 or k3, or --kl_in=reward"
+                "--kl_estimator=k1 in the loss has a gradient of 0 on average; take k2 or k3, --kl_unbiased=True or "
+                "--kl_in=reward"
             )
         if self.loss_type == "gspo" and self.normalization != "sequence":
             raise UserError(
@@ -319,7 +323,7 @@ def policy_loss(actor: torch.nn.Module, batch: Batch, flags: GRPOFlags, step: St
     if flags.kl_coef and flags.kl_in != "reward":
         token_kl = KL_ESTIMATORS[flags.kl_estimator or "k3"](logps, batch.ref_logps)
         shown["train/kl_in_loss"] = token_kl
-        losses = losses + flags.kl_coef * token_kl
+        losses = losses + flags.kl_coef * (token_kl * log_ratios.exp() if flags.kl_unbiased else token_kl)
     if flags.entropy_coef:
         losses = losses - flags.entropy_coef * entropies
     for name, values in shown.items():

@@ -18,8 +18,8 @@ from tests.tiny import make_model
 
 REWARDS = '''
 def even(prompts, responses, rows):
-    """Share of the response's token ids that are even."""
-    return [sum(i % 2 == 0 for i in row["response_ids"]) / len(row["response_ids"]) for row in rows]
+    """Even ids among the response's, ids below 10 (EOS and the like) left out, over the longest response's 8."""
+    return [sum(i % 2 == 0 and i >= 10 for i in row["response_ids"]) / 8 for row in rows]
 
 
 def same(prompts, responses, rows):
@@ -27,13 +27,13 @@ def same(prompts, responses, rows):
 
 
 def often_same(prompts, responses, rows):
-    """All responses to two of three prompts score 0; the others their shares of even ids."""
-    return [float(row["row"] % 3 == 0) * score for row, score in zip(rows, even(prompts, responses, rows))]
+    """`even`, but 0 for the prompts of two rows of three."""
+    return [score * (row["row"] % 3 == 0) for row, score in zip(rows, even(prompts, responses, rows))]
 
 
 def by_token(prompts, responses, rows):
-    """The same shares, a part at each token."""
-    return [[float(i % 2 == 0) / len(row["response_ids"]) for i in row["response_ids"]] for row in rows]
+    """The same, an eighth at each such token."""
+    return [[float(i % 2 == 0 and i >= 10) / 8 for i in row["response_ids"]] for row in rows]
 
 
 def judge(prompts, first, second, rows):
