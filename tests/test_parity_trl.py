@@ -1,4 +1,4 @@
-"""Whole trajectories of SFT, RM and DPO against TRL 1.16.0, step by step; tests/peers.py names the deviations.
+"""Whole trajectories of SFT, RM, DPO, IPO, ORPO, CPO and SimPO against TRL 1.16.0, step by step; tests/peers.py names the deviations.
 
 Rows of very unequal lengths in file order, 14 of them by fours, so that each of the 5 epochs ends in a step of two.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.peers import STAGES, Comparison, Trajectory, compare, require_trl
+from tests.peers import MORE_STAGES, STAGES, Comparison, Trajectory, compare, require_trl
 from tests.splits import make_data, make_model_dir
 
 TOLERANCE = 1e-4
