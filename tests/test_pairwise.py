@@ -37,7 +37,9 @@ NEEDS = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.2
 class Pairs:
     """Three pairs of random token log-probabilities, as a forest for us and padded for TRL, with one leaf for both."""
 
-    def __init__(self, *, prompt_targets: bool = False, dtype: torch.dtype = torch.float32, spread: float = 2.0) -> None:
+    def __init__(
+        self, *, prompt_targets: bool = False, dtype: torch.dtype = torch.float32, spread: float = 2.0
+    ) -> None:
         rows = [
             {
                 "prompt_len": 2 + i,
@@ -236,7 +238,10 @@ def test_length_normalised_losses_look_at_means():
     """Every loss that takes --length_normalize: as if each response had one token of its mean log-probability."""
     for name in USED_BY["length_normalize"]:
         pairs, needs = Pairs(), NEEDS.get(name, {})
-        normal, plain = PairLossFlags(loss_type=name, length_normalize=True, **needs), PairLossFlags(loss_type=name, **needs)
+        normal, plain = (
+            PairLossFlags(loss_type=name, length_normalize=True, **needs),
+            PairLossFlags(loss_type=name, **needs),
+        )
         found = pairs.logps(normal)
         means = found._replace(policy=found.policy / found.lengths, reference=found.reference / found.lengths)
         torch.testing.assert_close(pair_losses(normal, found), pair_losses(plain, means))
@@ -260,7 +265,9 @@ def test_c3_partners_of_the_whole_are_independent_of_the_cut(name):
     cut = value_and_gradient(sum(alone(i, True) for i in range(3)), pairs.token_logps)
     assert cut[0] == pytest.approx(whole[0], rel=1e-6)
     torch.testing.assert_close(cut[1], whole[1])
-    assert not torch.allclose(value_and_gradient(sum(alone(i, False) for i in range(3)), pairs.token_logps)[1], whole[1])
+    assert not torch.allclose(
+        value_and_gradient(sum(alone(i, False) for i in range(3)), pairs.token_logps)[1], whole[1]
+    )
 
 
 def test_weights_multiply_losses_and_likelihoods():
