@@ -34,6 +34,7 @@ LAYERS = {
     "rlhf/models/*.py": 2,
     "rlhf/rollouts.py": 2,
     "rlhf/rewards/*.py": 2,
+    "rlhf/pairwise.py": 2,
     "rlhf/experiment/*.py": 3,
     "rlhf/evaluation.py": 3,
     "rlhf/experience.py": 3,
