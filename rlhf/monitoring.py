@@ -11,15 +11,18 @@ from torch import Tensor
 from rlhf.data.prompts import Prompts
 from rlhf.errors import UserError
 from rlhf.experience import Experience, Rollout, Targets, collect
+from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.run import Run
 from rlhf.experiment.steps import Step
 from rlhf.kl import kl_k1, kl_k3
 from rlhf.losses.policy_gradient import explained_variance
 from rlhf.masked import masked_mean
 from rlhf.models.roles import Roles
+from rlhf.pairwise import PairLogps, PairLossFlags, chosen_nll, pair_rewards, path_nll
 from rlhf.rewards.mix import Rewards
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
+from rlhf.trees.rows import halves
 
 
 def measure_samples(step: Step, rollout: Rollout) -> None:
@@ -70,6 +73,26 @@ def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targe
     for name, value in values.items():
         step.metrics.put(name, value)
     return response_kl(rollout)
+
+
+def measure_pairs(metrics: Metrics, prefix: str, flags: PairLossFlags, pairs: PairLogps, weight: float = 1.0) -> None:
+    """The curves that tell a fine run from a broken one: chosen and rejected apart, not their difference alone."""
+    chosen, rejected = halves(pair_rewards(flags, pairs).detach())
+    metrics.mean(f"{prefix}/accuracy", (chosen > rejected).float(), weight)
+    metrics.mean(f"{prefix}/margin", chosen - rejected, weight)
+    metrics.mean(f"{prefix}/chosen_reward", chosen, weight)
+    metrics.mean(f"{prefix}/rejected_reward", rejected, weight)
+    # Without a reference its sums are 0, and what is left is the policy's own log-probability.
+    what = "logp_change_per_token" if flags.uses_reference else "logp_per_token"
+    changes, lengths = halves((pairs.policy_sums - pairs.ref_sums).detach()), halves(pairs.lengths)
+    for name, change, tokens in zip(("chosen", "rejected"), changes, lengths, strict=True):
+        metrics.add(f"{prefix}/{name}_{what}", change.sum() * weight, tokens.sum() * weight)
+    metrics.add(f"{prefix}/chosen_nll", chosen_nll(pairs).sum() * weight, lengths[0].sum() * weight)
+    if flags.path_nll_coef:
+        path_tokens = halves(pairs.path_lengths)[0].sum()
+        metrics.add(f"{prefix}/path_nll", path_nll(pairs).sum() * weight, path_tokens * weight)
+    if flags.wpo_weighting:
+        metrics.mean(f"{prefix}/wpo_weight", pairs.weights, weight)
 
 
 @torch.no_grad()

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from rlhf.data.splits import Split
 from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
-from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.reference import MovingReference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
@@ -48,6 +47,7 @@ from rlhf.flags import (
     launch,
 )
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.monitoring import measure_pairs
 from rlhf.pairwise import (
     PairLogps,
     PairLossFlags,
@@ -57,12 +57,11 @@ from rlhf.pairwise import (
     match_sides,
     pair_logps,
     pair_losses,
-    pair_rewards,
     path_nll,
     sides,
 )
 from rlhf.trees.forest import Forest
-from rlhf.trees.rows import halves, pair_tokens, pair_tree
+from rlhf.trees.rows import pair_tokens, pair_tree
 
 
 @dataclass(kw_only=True)
@@ -85,31 +84,11 @@ class DPOFlags(
             )
 
 
-def measure(metrics: Metrics, prefix: str, flags: DPOFlags, pairs: PairLogps, weight: float = 1.0) -> None:
-    """The curves that tell a fine run from a broken one: chosen and rejected apart, not their difference alone."""
-    chosen, rejected = halves(pair_rewards(flags, pairs).detach())
-    metrics.mean(f"{prefix}/accuracy", (chosen > rejected).float(), weight)
-    metrics.mean(f"{prefix}/margin", chosen - rejected, weight)
-    metrics.mean(f"{prefix}/chosen_reward", chosen, weight)
-    metrics.mean(f"{prefix}/rejected_reward", rejected, weight)
-    # Without a reference its sums are 0, and what is left is the policy's own log-probability.
-    what = "logp_change_per_token" if flags.uses_reference else "logp_per_token"
-    changes, lengths = halves((pairs.policy_sums - pairs.ref_sums).detach()), halves(pairs.lengths)
-    for name, change, tokens in zip(("chosen", "rejected"), changes, lengths, strict=True):
-        metrics.add(f"{prefix}/{name}_{what}", change.sum() * weight, tokens.sum() * weight)
-    metrics.add(f"{prefix}/chosen_nll", chosen_nll(pairs).sum() * weight, lengths[0].sum() * weight)
-    if flags.path_nll_coef:
-        path_tokens = halves(pairs.path_lengths)[0].sum()
-        metrics.add(f"{prefix}/path_nll", path_nll(pairs).sum() * weight, path_tokens * weight)
-    if flags.wpo_weighting:
-        metrics.mean(f"{prefix}/wpo_weight", pairs.weights, weight)
-
-
 @torch.no_grad()
 def evaluate(
     run: Run, flags: DPOFlags, policy: nn.Module, split: Split, reference: Reference | None
 ) -> dict[str, float]:
-    """Loss, accuracy of the rewards and the curves of `measure` over `--eval_iters` mini-batches."""
+    """Loss, accuracy of the rewards and the curves of `measure_pairs` over `--eval_iters` mini-batches."""
     policy.eval()
     metrics = run.metrics()
     # Fewer rows than devices: one without any takes the first, which counts for nothing, to know the names.
@@ -122,7 +101,7 @@ def evaluate(
     pairs = PairLogps(*map(torch.cat, zip(*batches, strict=True)))
     partners = partners_of(run, flags, [pairs], counts=bool(mine))[0] if flags.sorts else None
     metrics.mean("val/loss", pair_losses(flags, pairs, partners), weight)
-    measure(metrics, "val", flags, pairs, weight)
+    measure_pairs(metrics, "val", flags, pairs, weight)
     if flags.uses_reference:
         metrics.add("val/kl_k3_per_token", pairs.kl.sum() * weight, pairs.lengths.sum() * weight)
     policy.train()
@@ -263,7 +242,7 @@ def main(flags: DPOFlags) -> dict:
             loss = loss + flags.path_nll_coef * path_nll(pairs).sum() / num_path_tokens
             step.backward(loss)
             step.metrics.add("train/loss", loss * num_pairs * step.weight, len(rows) * step.weight)
-            measure(step.metrics, "train", flags, pairs, step.weight)
+            measure_pairs(step.metrics, "train", flags, pairs, step.weight)
             step.num_tokens += forest.num_tokens
         step.update(optimizer, clip=flags.gradient_clip_val)
         if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
