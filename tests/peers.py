@@ -68,7 +68,7 @@ PAIRWISE: dict[Stage, dict[str, Any]] = {
     "ld_dpo": {"ld_alpha": 0.5},
     "ln_dpo": {"length_normalize": True, "beta": 5.0},
     "js_dpo": {"f_divergence": "js"},
-    "wpo": {"wpo_weighting": True},
+    "wpo": {"loss_type": ["sigmoid"], "loss_weights": [20.0], "wpo_weighting": True},
     "tr_dpo": {"ref_update_interval": 3, "ref_mixup": 0.5},
     **REFERENCE_FREE,
 }

@@ -36,7 +36,7 @@ JOBS = {
     "sft-tokens": ("sft", {"micro_batch_tokens": 60, "gradient_checkpointing": True}),
     "rm": ("rm", {"micro_batch_size": 3, "loss_type": "per_sample"}),
     "dpo": ("dpo", {"micro_batch_size": 1, "sft_coef": 0.3}),
-    "dpo-family": (
+    "dpo-aot": (
         "dpo",
         {"micro_batch_size": 1, "loss_type": ["aot", "aot_unpaired", "orpo"], "ref_update_interval": 1},
     ),

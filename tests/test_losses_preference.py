@@ -107,7 +107,7 @@ def test_nca_by_hand():
 
 
 def test_apo_by_hand():
-    """sigmoid(-0.2) = 0.450166, sigmoid(-0.3) = 0.425557: zero 0.875723; down sigmoid(0.2) + sigmoid(-0.5) = 0.927375."""
+    """sigmoid(-0.2) + sigmoid(-0.3) = 0.450166 + 0.425557; down: sigmoid(0.2) + sigmoid(-0.5) = 0.927375."""
     assert apo_zero_loss(*BY_HAND, beta=0.1).item() == pytest.approx(0.875723, abs=1e-6)
     assert apo_down_loss(*BY_HAND, beta=0.1).item() == pytest.approx(0.549834 + 0.377541, abs=1e-6)
 
@@ -170,7 +170,7 @@ def test_ld_weights_by_hand():
 
 
 def test_wpo_weights_by_hand():
-    """Two tokens of log p -1 and -2 among collisions of -0.5 and -1.5: exp(-1/2); the pad and the empty row don't count."""
+    """Two tokens of log p -1 and -2 among collisions of -0.5 and -1.5: exp(-1/2); no pad, no empty row."""
     logps, collisions = torch.tensor([[-1.0, -2.0, -7.0]] * 2), torch.tensor([[-0.5, -1.5, -1.0]] * 2)
     mask = torch.tensor([[True, True, False], [False, False, False]])
     assert wpo_weights(logps.requires_grad_(), collisions, mask).tolist() == pytest.approx([math.exp(-0.5), 1.0])
@@ -187,7 +187,7 @@ def test_implicit_rewards_by_hand():
 
 
 def test_c5_policy_at_the_reference():
-    """C5, C14: ln 2 of sigmoid with any smoothing, of robust and CPO; IPO (1 / 2 beta)^2; hinge, APO 1; BCO, NCA 2 ln 2;
+    """C5, C14: ln 2 of sigmoid with any smoothing, robust and CPO; IPO (1 / 2 beta)^2; hinge, APO 1; BCO, NCA 2 ln 2;
     DiscoPOP (ln 2 + 1) / 2; SPPO 2 (1 / 2 beta)^2; rewards 0."""
     zeros = torch.zeros(3)
     at = {
@@ -240,8 +240,8 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
 
 @each([*OF_MARGINS, bco_pair_loss, apo_zero_loss, sppo_hard_loss])
 def test_c31_descent_raises_the_chosen_and_lowers_the_rejected(loss):
-    """C31: near the reference, minus the gradient is up for the chosen, down for the rejected, by one amount. DiscoPOP's
-    exponential side, beyond its hump, is looked at here."""
+    """C31: near the reference, minus the gradient is up for the chosen, down for the rejected, by one amount (DiscoPOP:
+    beyond its hump)."""
     chosen = torch.full((2,), 3.0 if "discopop" in name_of(loss) else 0.0, requires_grad=True)
     rejected = torch.zeros(2, requires_grad=True)
     loss(chosen, rejected, beta=0.1).sum().backward()

@@ -39,15 +39,15 @@ def test_twenty_steps_in_trl(stage, tmp_path):
     ("stage", "given"),
     [
         ("mpo", {}),
-        ("wpo", {"learning_rate": 2e-2}),
+        ("wpo", {}),
         ("tr_dpo", {"learning_rate": 3e-3}),
         ("ld_dpo", {}),
         ("aot_unpaired", {"micro_batch": 3}),
     ],
 )
 def test_twenty_steps_in_trl_of_other_objectives(stage, given, tmp_path):
-    """What a single loss's value doesn't show: its likelihood a token, the collisions of a real model's distributions, a
-    reference that moves, and C3: ranks of a whole step that is cut."""
+    """What one loss's value doesn't show: a likelihood a token, collisions of a real model's distributions, a reference
+    that moves, and C3: ranks of a whole step that is cut."""
     require_trl()
     data, model = make_data(tmp_path / "data", num_validation=0), make_model_dir(tmp_path / "model", "llama")
 
