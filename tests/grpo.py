@@ -36,9 +36,9 @@ def by_token(prompts, responses, rows):
     return [[float(i % 2 == 0 and i >= 10) / 8 for i in row["response_ids"]] for row in rows]
 
 
-def judge(prompts, first, second, rows):
-    """The longer text is better; 0, 1, or -1 for a tie."""
-    return [-1 if len(a) == len(b) else int(len(b) > len(a)) for a, b in zip(first, second)]
+def distinct(prompts, responses, rows):
+    """`even`, and a millionth of the sum of the ids, so that no two responses score the same."""
+    return [score + 1e-6 * sum(row["response_ids"]) for row, score in zip(rows, even(prompts, responses, rows))]
 '''
 
 
@@ -122,7 +122,8 @@ def train(script: Any, flags: Any) -> Watched:
 
     def watch_update(self, optimizer, **options):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        watched.gradients.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        watched.gradients.append(torch.cat([g.flatten() for g in gradients]))
         done = update(self, optimizer, **options)
         watched.weights.append(torch.cat([p.detach().flatten().clone() for p in parameters]))
         return done
