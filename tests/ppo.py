@@ -200,11 +200,11 @@ def relative_gap(one: list[list[Tensor]], other: list[list[Tensor]], step: int) 
     )
 
 
-def on_two_processes(script: Path, argument: str, *, timeout: float = 240) -> None:
-    """Run a Python script on two processes that Fabric takes for those of `torchrun`.
+def on_two_processes(script: Path, argument: str, *, status: int = 0, timeout: float = 240) -> list[str]:
+    """Run a Python script on two processes that Fabric takes for those of `torchrun`; returns what each printed.
 
     Raises:
-        AssertionError: one of them failed; the message holds what both printed.
+        AssertionError: one of them ended with another status; the message holds what both printed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -235,4 +235,5 @@ def on_two_processes(script: Path, argument: str, *, timeout: float = 240) -> No
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    assert [process.returncode for process in processes] == [status, status], "\n".join(printed)
+    return printed

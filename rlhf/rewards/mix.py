@@ -265,7 +265,7 @@ def _finite(part: Part, value: Any, answers: Answers, i: int) -> float:
     if not isinstance(value, numbers.Real):
         raise UserError(f"the reward {part.name} returned {_named(value)} for {answers.place(i)}; return a number")
     if not abs(value) <= LARGEST:
-        raise UserError(f"the reward {part.name} is {value} for {answers.place(i)}; return a finite number")
+        raise UserError(f"the reward {part.name} is {str(value)[:40]} for {answers.place(i)}; return a finite number")
     return float(value)
 
 

@@ -12,7 +12,10 @@ from decimal import Decimal
 from rlhf.rewards.answers import Answers
 from rlhf.rewards.specs import Spec
 
-_NUMBER = re.compile(r"(?:(?<![\w.)\]}])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]}])[-+−])?"  # a sign, unless something to take away from stands before it
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?"
+)
 
 
 def exact_answer(response: str, reference: str) -> float:
@@ -25,8 +28,8 @@ def exact_answer(response: str, reference: str) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, or None. Commas may group thousands; a minus after a digit, letter or bracket is one
-    between two numbers.
+    """The last number of a text, or None. Commas may group thousands; a minus after a digit, letter or bracket takes
+    away and is no sign.
 
     >>> last_number("12 - 5 = 7, so it is -1,234.50."), last_number("10-3"), last_number("none")
     (Decimal('-1234.50'), Decimal('3'), None)
