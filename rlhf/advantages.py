@@ -50,13 +50,15 @@ def token_rewards(
     kl_coef: float,
     *,
     value_mask: Tensor | None = None,
+    process_rewards: Tensor | None = None,
 ) -> Tensor:
-    """Reward of each token: minus the KL penalty, and the score of the whole response once, at its end.
+    """Reward of each token: minus the KL penalty, what it has earned itself, and the rest of the score at the end.
 
-        r_t = -kl_coef * kl_t + [t is the end] * score
+        r_t = -kl_coef * kl_t + p_t + [t is the end] * (score - sum of p)
 
-    Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, spread over the tokens. The sum over a response is
-    `score - kl_coef * sum of its kl`.
+    Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, spread over the tokens; p = 0 there. Process rewards p (Uesato et
+    al. 2022, arXiv 2211.14275) say where in a response its score was earned, and never change its size: the sum over
+    a response is `score - kl_coef * sum of its kl`.
 
     Args:
         scores: (B,) one score a response.
@@ -65,6 +67,7 @@ def token_rewards(
         kl_coef: weight of the penalty, reward units a nat.
         value_mask: (B, T) bool, or None for `response_mask`; the score stands at its last True. See "The end
             state" above. A row without any True gets no reward.
+        process_rewards: (B, T) p, parts of the scores; None for 0.
 
     Returns:
         (B, T) rewards, 0 where nothing is real.
@@ -76,6 +79,9 @@ def token_rewards(
     if value_mask is None:
         value_mask = response_mask
     rewards = (-kl_coef * token_kl).masked_fill(~response_mask, 0)
+    if process_rewards is not None:
+        earned = process_rewards.masked_fill(~response_mask, 0)
+        rewards, scores = rewards + earned, scores - earned.sum(-1)
     num_positions = value_mask.shape[-1]
     positions = torch.arange(num_positions, device=value_mask.device)
     last = positions.masked_fill(~value_mask, -1).amax(dim=-1, keepdim=True)

@@ -1,9 +1,9 @@
-"""Sampled responses with everything that PPO learns from them, as records and as dense arrays."""
+"""Sampled responses with everything that RL learns from them, as records and as dense arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from rlhf.data.prompts import Prompts
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.run import Run
 from rlhf.models.roles import Roles
-from rlhf.rewards import RewardModel
+from rlhf.rewards.mix import Rewards
 from rlhf.rollouts import generate
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
@@ -24,23 +24,27 @@ class Experience:
     """One response of T tokens, on the CPU.
 
     Attributes:
-        position: its place among the rows of the step, over all devices.
+        position: its place among the samples of the step, over all devices; those of one prompt follow each other.
         prompt, response: token ids.
         old_logps: (T,) log-probabilities of the response's tokens under the policy that sampled them.
-        ref_logps: (T,) the same under the reference.
-        values: (T + 1,) the critic before each token, and after the last (the end state).
-        score: normalised score of the whole response.
+        ref_logps: (T,) the same under the reference; None where there is none.
+        values: (T + 1,) the critic before each token, and after the last (the end state); None without a critic.
+        score: reward of the whole response.
         ended: whether it holds a stop token.
+        parts: the rewards that the score adds up, by name, before their weights.
+        process_rewards: (T,) what tokens earn of the score themselves, or None.
     """
 
     position: int
     prompt: Tensor
     response: Tensor
     old_logps: Tensor
-    ref_logps: Tensor
-    values: Tensor
+    ref_logps: Tensor | None
+    values: Tensor | None
     score: float
     ended: bool
+    parts: dict[str, float] = field(default_factory=dict)
+    process_rewards: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -53,17 +57,21 @@ class Rollout:
 
     Attributes:
         response_mask: (N, L) True at response tokens.
-        old_logps, ref_logps: (N, L).
-        values: (N, L): before each token, and at the end state where L leaves room for it.
+        old_logps: (N, L); ref_logps: (N, L), or None without a reference.
+        values: (N, L): before each token, and at the end state where L leaves room for it; None without a critic.
         scores: (N,); ended: (N,) bool.
+        process_rewards: (N, L), 0 where no token earns anything itself.
+        parts: name to (N,): the rewards that the scores add up.
     """
 
     response_mask: Tensor
     old_logps: Tensor
-    ref_logps: Tensor
-    values: Tensor
+    ref_logps: Tensor | None
+    values: Tensor | None
     scores: Tensor
     ended: Tensor
+    process_rewards: Tensor
+    parts: dict[str, Tensor]
 
 
 @dataclass
@@ -88,22 +96,29 @@ def stack(experiences: Sequence[Experience], width: int) -> Rollout:
     Raises:
         ValueError: a response is longer than `width`.
     """
-    num = len(experiences)
+    num, names = len(experiences), experiences[0].parts if experiences else ()
     lengths = torch.tensor([len(e.response) for e in experiences])
     if num and int(lengths.max()) > width:
         raise ValueError(f"a response of {int(lengths.max())} tokens does not fit {width} columns")
-    old_logps, ref_logps, values = (torch.zeros(num, width) for _ in range(3))
+    old_logps, ref_logps, values, process = (torch.zeros(num, width) for _ in range(4))
     for i, e in enumerate(experiences):
         n = len(e.response)
-        old_logps[i, :n], ref_logps[i, :n] = e.old_logps, e.ref_logps
-        values[i, : n + 1] = e.values[: width if n == width else n + 1]
+        old_logps[i, :n] = e.old_logps
+        if e.ref_logps is not None:
+            ref_logps[i, :n] = e.ref_logps
+        if e.values is not None:
+            values[i, : n + 1] = e.values[: width if n == width else n + 1]
+        if e.process_rewards is not None:
+            process[i, :n] = e.process_rewards
     return Rollout(
         response_mask=torch.arange(width) < lengths[:, None],
         old_logps=old_logps,
-        ref_logps=ref_logps,
-        values=values,
+        ref_logps=ref_logps if all(e.ref_logps is not None for e in experiences) else None,
+        values=values if all(e.values is not None for e in experiences) else None,
         scores=torch.tensor([e.score for e in experiences]),
         ended=torch.tensor([e.ended for e in experiences], dtype=torch.bool),
+        process_rewards=process,
+        parts={name: torch.tensor([e.parts[name] for e in experiences]) for name in names},
     )
 
 
@@ -114,50 +129,80 @@ def value_index(forest: Forest, has_end: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect(
-    run: Run, flags: Any, roles: Roles, reward: RewardModel, prompts: Prompts, rows: list[int], temperature: float
+    run: Run,
+    flags: Any,
+    roles: Roles,
+    rewards: Rewards,
+    prompts: Prompts,
+    rows: list[int],
+    temperature: float,
+    *,
+    num_samples: int = 1,
+    first: int = 0,
+    stop_at_eos: bool = True,
 ) -> list[Experience]:
-    """Sample one response to each prompt of `rows` (over all devices), and judge it by the frozen roles.
+    """Sample responses to each prompt of `rows` (over all devices); rewards and frozen roles judge them.
 
-    The devices share the work; each returns all experiences, in the order of `rows`, so that everything after
-    is the same on every device. A sample's noise depends on the seed, the step and its place among the rows.
+    The devices share the prompts; each returns all experiences, in the order of `rows`, so that everything after
+    is the same on every device. A sample's noise depends on the seed, the step and its position.
+
+    Args:
+        num_samples: responses to each prompt; they share its tokens in every pass.
+        first: prompts that were sampled earlier in the step, whose positions are taken.
+        stop_at_eos: False samples a fixed length and cuts after the first EOS; the same numbers.
     """
-    mine = list(range(run.rank, len(rows), run.world_size))
+    places = list(range(run.rank, len(rows), run.world_size))
+    mine = [(first + place) * num_samples + j for place in places for j in range(num_samples)]
     sampling = replace(sampling_of(flags, prompts.tokenizer, roles.actor), temperature=temperature)
     sampling.seed = flags.seed + run.step_index
-    stops, sampling.stop_ids = sampling.stop_ids, sampling.stop_ids if flags.stop_at_eos else ()
-    texts = [prompts.prompt(rows[position]) for position in mine]
+    stops, sampling.stop_ids = sampling.stop_ids, sampling.stop_ids if stop_at_eos else ()
+    texts = [prompts.prompt(rows[place]) for place in places]
+    size = flags.rollout_mini_batch_size
     found: list[Experience] = []
     with run.fabric.autocast():
-        samples = generate(roles.actor, texts, sampling, sample_ids=mine, max_rows=flags.rollout_mini_batch_size)
-        for batch in cut(range(len(mine)), micro_batch_size=flags.rollout_mini_batch_size):
-            responses, old_logps, ended = [], [], []
-            for i in batch:
-                length, end = cut_after_stop(samples.response_ids[i], stops)
-                responses.append(samples.response_ids[i][:length].cpu())
-                old_logps.append(samples.token_logps[i][:length].cpu())
-                ended.append(end)
-            batch_prompts = [texts[i] for i in batch]
-            forest = Forest([Tree.of(p, r) for p, r in zip(batch_prompts, responses, strict=True)]).to(run.device)
-            ref_logps, _ = roles.reference(forest, temperature=temperature)
-            everywhere = torch.ones(len(batch), dtype=torch.bool, device=run.device)
-            values = roles.critic(forest, value_index(forest, everywhere)).cpu()
-            scores = reward(batch_prompts, responses, ended)
-            lengths = [len(r) for r in responses]
-            before, after = values[: sum(lengths)].split(lengths), values[sum(lengths) :]
-            for k, i in enumerate(batch):
+        samples = generate(roles.actor, texts, sampling, num_samples=num_samples, sample_ids=mine, max_rows=size)
+        cuts = [cut_after_stop(response, stops) for response in samples.response_ids]
+        responses = [ids[:length].cpu() for ids, (length, _) in zip(samples.response_ids, cuts, strict=True)]
+        ended = [end for _, end in cuts]
+        asked = [i for i in range(len(places)) for _ in range(num_samples)]
+        scores = rewards.over(prompts)([texts[i] for i in asked], responses, [rows[places[i]] for i in asked], ended)
+        for batch in cut(range(len(places)), micro_batch_size=max(1, size // num_samples)):
+            within = [i * num_samples + j for i in batch for j in range(num_samples)]
+            trees = [Tree.of(texts[i], *responses[i * num_samples : (i + 1) * num_samples]) for i in batch]
+            ref_logps, values = judged(run, roles, Forest(trees), [len(responses[k]) for k in within], temperature)
+            for k, ref, value in zip(within, ref_logps, values, strict=True):
                 found.append(
                     Experience(
-                        position=mine[i],
-                        prompt=batch_prompts[k],
+                        position=mine[k],
+                        prompt=texts[asked[k]],
                         response=responses[k],
-                        old_logps=old_logps[k],
-                        ref_logps=ref_logps.cpu().split(lengths)[k],
-                        values=torch.cat([before[k], after[k : k + 1]]),
-                        score=float(scores[k]),
+                        old_logps=samples.token_logps[k][: len(responses[k])].cpu(),
+                        ref_logps=ref,
+                        values=value,
+                        score=float(scores.total[k]),
                         ended=ended[k],
+                        parts={name: float(part[k]) for name, part in scores.parts.items()},
+                        process_rewards=None if scores.token is None else scores.token[k],
                     )
                 )
     return sorted(run.gather(found), key=lambda e: e.position)
+
+
+def judged(
+    run: Run, roles: Roles, forest: Forest, lengths: list[int], temperature: float
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """For each branch its (T,) reference log-probabilities and (T + 1,) values; None where a role is not there."""
+    forest = forest.to(run.device)
+    ref_logps: list[Tensor | None] = [None] * len(lengths)
+    values: list[Tensor | None] = [None] * len(lengths)
+    if roles.reference is not None:
+        ref_logps = list(roles.reference(forest, temperature=temperature)[0].cpu().split(lengths))
+    if roles.critic is not None:
+        everywhere = torch.ones(len(lengths), dtype=torch.bool, device=run.device)
+        found = roles.critic(forest, value_index(forest, everywhere)).cpu()
+        before, after = found[: sum(lengths)].split(lengths), found[sum(lengths) :]
+        values = [torch.cat([b, after[k : k + 1]]) for k, b in enumerate(before)]
+    return ref_logps, values
 
 
 def cut_after_stop(response: Tensor, stop_ids: tuple[int, ...]) -> tuple[int, bool]:

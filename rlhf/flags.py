@@ -300,9 +300,51 @@ class GenerationFlags:
     """False: always the likeliest token."""
 
 
+@dataclass(kw_only=True)
+class RewardFlags:
+    """Rewards of sampled responses."""
+
+    reward: list[str] = dataclasses.field(default_factory=list)
+    """Rewards that are added up, each [WEIGHT*]KIND[:ARGUMENT]: model:FOLDER, function:FILE.py:NAME, http:URL, exact,
+    numeric[:TOLERANCE], regex:PATTERN, length:TOKENS, overlong:FROM:TO, repetition[:N] or keyword:WORD,WORD."""
+    reward_timeout: float = 60.0
+    """Seconds that one call of a function or of a URL may take; 0: no limit, and functions run in the main thread."""
+    rm_experiment_dir: str | None = None
+    """Experiment (or model) of a reward model: the same as model:FOLDER, of weight 1, in --reward."""
+
+
 def check_positive(flags: Any, *names: str) -> None:
     """Raise `UserError` for the first of these flags that is set and not above 0."""
     for name in names:
         value = getattr(flags, name, None)
         if value is not None and value <= 0:
             raise UserError(f"--{name}={value} must be above 0")
+
+
+def check_not_negative(flags: Any, *names: str) -> None:
+    """Raise `UserError` for the first of these flags that is set and below 0."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name}={value} must not be below 0")
+
+
+def check_on_policy(flags: Any, algorithm: str) -> None:
+    """Raise `UserError` where a run would learn from another distribution than the one that it samples from.
+
+    Args:
+        algorithm: its name, for the user.
+    """
+    if flags.top_k or flags.top_p != 1.0 or not flags.do_sample:
+        raise UserError(
+            f"{algorithm} trains on the distribution that it samples from: leave --top_k=0, --top_p=1 and "
+            f"--do_sample=True (--temperature is applied in training too)"
+        )
+    if not flags.disable_dropout:
+        raise UserError(f"{algorithm} needs dropout off in every role; leave --disable_dropout=True")
+    if flags.rollout_size % flags.mini_batch_size:
+        nearest = max(1, round(flags.rollout_size / flags.mini_batch_size)) * flags.mini_batch_size
+        raise UserError(
+            f"--rollout_size={flags.rollout_size} is no multiple of --mini_batch_size={flags.mini_batch_size}; the "
+            f"nearest is {nearest}"
+        )

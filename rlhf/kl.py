@@ -54,3 +54,7 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     d = ref_logps - logps
     # exp(d) - 1 loses all digits of a small d. expm1 keeps them, but may still round to just below d.
     return (torch.expm1(d) - d).clamp(min=0)
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+"""What `--kl_estimator` names."""

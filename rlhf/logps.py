@@ -26,9 +26,10 @@ def chunked_logps(
     scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    collision: bool = False,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target, and on request the entropy of the distribution it was drawn from.
+    """Log-probability of each target, and on request a number of the distribution that it was drawn from.
 
     logits = scale * cap(hidden W^T + b), cap(x) = softcap * tanh(x / softcap); logp = logits[target] - logsumexp.
 
@@ -39,25 +40,33 @@ def chunked_logps(
         scale: factor of the logits: the model's own times 1 / temperature.
         softcap: bound of the logits before `scale`, or None.
         entropy: also return the entropies, in nats, differentiable like the log-probabilities.
+        collision: instead, also return log sum_v p(v)^2, without a gradient.
         chunk_rows: rows of one chunk; from `CHUNK_BYTES` unless set.
 
     Returns:
-        (R,) float32 log-probabilities (float64 for float64 inputs) and (R,) entropies or None.
+        (R,) float32 log-probabilities (float64 for float64 inputs), and (R,) entropies or log collisions, or None.
+
+    Raises:
+        ValueError: both `entropy` and `collision`.
 
     >>> h, w = torch.eye(2), torch.zeros(4, 2)
     >>> chunked_logps(h, w, None, torch.tensor([0, 3]))[0]
     tensor([-1.3863, -1.3863])
     """
+    if entropy and collision:
+        raise ValueError("entropy and collision are not computed together; ask for one of them")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize))
-    logps, entropies = _ChunkedLogps.apply(hidden, weight, bias, targets, scale, softcap, entropy, chunk_rows, dtype)
-    return logps, entropies if entropy else None
+    logps, second = _ChunkedLogps.apply(
+        hidden, weight, bias, targets, scale, softcap, entropy, collision, chunk_rows, dtype
+    )
+    return logps, second if entropy or collision else None
 
 
 class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, entropy, chunk_rows, dtype):
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, entropy, collision, chunk_rows, dtype):
         ctx.scale, ctx.softcap, ctx.entropy, ctx.chunk_rows = scale, softcap, entropy, chunk_rows
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.kept = None
@@ -79,6 +88,8 @@ class _ChunkedLogps(torch.autograd.Function):
                         entropies[rows] = -exps.mul_(logits).sum(-1) / total
                     else:
                         total = logits.sub_(top).exp_().sum(-1)
+                        if collision:
+                            entropies[rows] = logits.square_().sum(-1).log_() - 2 * total.log()
                     normalisers[rows] = total.log_().add_(top.squeeze(-1))
                 if chunk.start == 0 and any(ctx.needs_input_grad):
                     ctx.kept = products
@@ -129,7 +140,7 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(ctx.dtypes[1]) if need_weight else None,
             grad_bias.to(ctx.dtypes[2]) if grad_bias is not None else None,
-            *[None] * 6,
+            *[None] * 7,
         )
 
 

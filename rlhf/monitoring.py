@@ -11,49 +11,88 @@ from torch import Tensor
 from rlhf.data.prompts import Prompts
 from rlhf.errors import UserError
 from rlhf.experience import Experience, Rollout, Targets, collect
+from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.run import Run
 from rlhf.experiment.steps import Step
 from rlhf.kl import kl_k1, kl_k3
 from rlhf.losses.policy_gradient import explained_variance
 from rlhf.masked import masked_mean
 from rlhf.models.roles import Roles
-from rlhf.rewards import RewardModel
+from rlhf.pairwise import PairLogps, PairLossFlags, chosen_nll, pair_rewards, path_nll
+from rlhf.rewards.mix import Rewards
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
+from rlhf.trees.rows import halves
+
+
+def measure_samples(step: Step, rollout: Rollout) -> None:
+    """Log what tells a healthy run from a hacked reward: scores, lengths, perplexity, distance from the reference."""
+    mask, old_logps, ref_logps = rollout.response_mask, rollout.old_logps, rollout.ref_logps
+    values = {
+        "train/score": rollout.scores.mean().item(),
+        "train/score_std": rollout.scores.std(correction=0).item(),
+        "train/response_length": mask.sum(1).double().mean().item(),
+        "train/eos_rate": rollout.ended.double().mean().item(),
+        "train/perplexity": math.exp(-masked_mean(old_logps, mask).item()),
+    }
+    if ref_logps is not None:
+        values |= {
+            "train/kl_per_response": response_kl(rollout),
+            "train/kl_per_token": masked_mean(kl_k1(old_logps, ref_logps), mask).item(),
+            "train/kl_k3_per_token": masked_mean(kl_k3(old_logps, ref_logps), mask).item(),
+        }
+    values |= {f"train/reward_{name}": part.mean().item() for name, part in rollout.parts.items()}
+    for name, value in values.items():
+        step.metrics.put(name, value)
+
+
+def response_kl(rollout: Rollout) -> float:
+    """Mean KL of a response (k1), in nats; the rollout must have a reference."""
+    return ((rollout.old_logps - rollout.ref_logps) * rollout.response_mask).sum(1).mean().item()
 
 
 def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targets, kl_coef: float) -> float:
-    """Log what tells a healthy run from a hacked reward; returns the mean KL of a response (k1), in nats.
+    """Log `measure_samples`, the reward and what the critic says; returns the mean KL of a response, in nats.
 
     Args:
         scores: (N,) as they enter the reward.
     """
+    measure_samples(step, rollout)
     mask = rollout.response_mask
-    kl = masked_mean(kl_k1(rollout.old_logps, rollout.ref_logps), mask).item()
-    lengths = mask.sum(1).double()
-    response_kl = ((rollout.old_logps - rollout.ref_logps) * mask).sum(1).mean().item()
     penalty = kl_coef * (targets.token_kl * mask).sum(1).mean().item()
-    shape = scores.mean().item()
+    shaped = scores.mean().item()
     values = {
-        "train/score": rollout.scores.mean().item(),
-        "train/score_std": rollout.scores.std(correction=0).item(),
-        "train/shaped_score": shape,
+        "train/shaped_score": shaped,
         "train/kl_penalty": penalty,
-        "train/reward": shape - penalty,
-        "train/kl_per_response": response_kl,
-        "train/kl_per_token": kl,
-        "train/kl_k3_per_token": masked_mean(kl_k3(rollout.old_logps, rollout.ref_logps), mask).item(),
+        "train/reward": shaped - penalty,
         "train/kl_coef": kl_coef,
-        "train/response_length": lengths.mean().item(),
-        "train/eos_rate": rollout.ended.double().mean().item(),
-        "train/perplexity": math.exp(-masked_mean(rollout.old_logps, mask).item()),
         "train/value": masked_mean(rollout.values, mask).item(),
         "train/return": masked_mean(targets.returns, targets.value_mask).item(),
         "train/explained_variance": explained_variance(rollout.values, targets.returns, targets.value_mask).item(),
     }
     for name, value in values.items():
         step.metrics.put(name, value)
-    return response_kl
+    return response_kl(rollout)
+
+
+def measure_pairs(metrics: Metrics, prefix: str, flags: PairLossFlags, pairs: PairLogps, weight: float = 1.0) -> None:
+    """The curves that tell a fine run from a broken one: chosen and rejected apart, not their difference alone."""
+    chosen, rejected = halves(pair_rewards(flags, pairs).detach())
+    metrics.mean(f"{prefix}/accuracy", (chosen > rejected).float(), weight)
+    metrics.mean(f"{prefix}/margin", chosen - rejected, weight)
+    metrics.mean(f"{prefix}/chosen_reward", chosen, weight)
+    metrics.mean(f"{prefix}/rejected_reward", rejected, weight)
+    # Without a reference its sums are 0, and what is left is the policy's own log-probability.
+    what = "logp_change_per_token" if flags.uses_reference else "logp_per_token"
+    changes, lengths = halves((pairs.policy_sums - pairs.ref_sums).detach()), halves(pairs.lengths)
+    for name, change, tokens in zip(("chosen", "rejected"), changes, lengths, strict=True):
+        metrics.add(f"{prefix}/{name}_{what}", change.sum() * weight, tokens.sum() * weight)
+    metrics.add(f"{prefix}/chosen_nll", chosen_nll(pairs).sum() * weight, lengths[0].sum() * weight)
+    if flags.path_nll_coef:
+        path_tokens = halves(pairs.path_lengths)[0].sum()
+        metrics.add(f"{prefix}/path_nll", path_nll(pairs).sum() * weight, path_tokens * weight)
+    if flags.wpo_weighting:
+        metrics.mean(f"{prefix}/wpo_weight", pairs.weights, weight)
 
 
 @torch.no_grad()
@@ -68,15 +107,16 @@ def check_first_rollout(run: Run, roles: Roles, experiences: list[Experience], t
     forest = Forest([Tree.of(e.prompt, e.response) for e in mine]).to(run.device)
     with run.fabric.autocast():
         recomputed, _ = roles.actor(forest, temperature=temperature)
-    sampled, reference = (torch.cat([getattr(e, n) for e in mine]) for n in ("old_logps", "ref_logps"))
     recomputed = recomputed.cpu()
-    sampling_gap = (sampled - recomputed).abs().max().item()
-    reference_gap = (reference - recomputed).abs().max().item()
+    sampling_gap = (torch.cat([e.old_logps for e in mine]) - recomputed).abs().max().item()
     if sampling_gap > (1e-3 if exact else 0.5):
         raise UserError(
             f"sampling and training disagree on the same policy by {sampling_gap:.2g} nats a token before any update; "
-            f"a model whose forward depends on more than its tokens cannot be trained by PPO"
+            f"a model whose forward depends on more than its tokens cannot be trained on its own samples"
         )
+    if roles.reference is None:
+        return
+    reference_gap = (torch.cat([e.ref_logps for e in mine]) - recomputed).abs().max().item()
     if reference_gap > (1e-4 if exact else 0.5):
         raise UserError(
             f"policy and reference differ by {reference_gap:.2g} nats a token before any update; give both the same "
@@ -127,27 +167,31 @@ def log_ratio_per_response(
 
 @torch.no_grad()
 def evaluate_sampling(
-    run: Run, flags: Any, roles: Roles, reward: RewardModel, prompts: Prompts
+    run: Run, flags: Any, roles: Roles, rewards: Rewards, prompts: Prompts
 ) -> tuple[dict[str, float], list[dict]]:
     """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
     limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
     rows = list(range(limit))
-    experiences = collect(run, flags, roles, reward, prompts, rows, flags.eval_temperature)
+    experiences = collect(run, flags, roles, rewards, prompts, rows, flags.eval_temperature)
     values = {
         "val/score": sum(e.score for e in experiences) / len(experiences),
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
-        "val/kl": log_ratio_per_response(run, roles, experiences, flags.temperature, flags.rollout_mini_batch_size),
     }
-    answers = [(e, prompts.answer(rows[e.position])) for e in experiences]
-    answers = [(e, a) for e, a in answers if a is not None]
+    if roles.reference is not None:
+        size = flags.rollout_mini_batch_size
+        values["val/kl"] = log_ratio_per_response(run, roles, experiences, flags.temperature, size)
+    for name in experiences[0].parts:
+        values[f"val/reward_{name}"] = sum(e.parts[name] for e in experiences) / len(experiences)
+    answers = [(row, prompts.answer(row)) for row in rows]
+    answers = [(row, answer) for row, answer in answers if answer is not None]
     if answers:
-        scores = []
+        mine = answers[run.rank :: run.world_size]
         with run.fabric.autocast():
-            for batch in cut(range(len(answers)), micro_batch_size=flags.rollout_mini_batch_size):
-                pairs = [answers[i] for i in batch]
-                scores.append(reward([e.prompt for e, _ in pairs], [a for _, a in pairs], [True] * len(pairs)))
-        values["val/reference_score"] = torch.cat(scores).mean().item()
+            scores = rewards.over(prompts)(
+                [prompts.prompt(row) for row, _ in mine], [a for _, a in mine], [r for r, _ in mine]
+            )
+        values["val/reference_score"] = sum(run.gather(scores.total.tolist())) / len(answers)
     decode = prompts.tokenizer.decode
     samples = [
         {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}

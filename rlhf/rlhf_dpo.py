@@ -1,15 +1,18 @@
-"""Direct preference optimisation: learn from pairs without a reward model or sampling.
+"""Direct preference optimisation and its relatives: learn from pairs without a reward model or sampling.
 
     loss = - log sigmoid(beta * [(log pi(y_c|x) - log ref(y_c|x)) - (log pi(y_r|x) - log ref(y_r|x))])
 
-(Rafailov et al. 2023, arXiv 2305.18290, eq. 7), or the IPO or hinge loss of the same margin
-(`rlhf/losses/preference.py`). Each pair is one prompt tree. The reference is the policy as the run starts; its
-log-probabilities are computed once, kept beside the data, and read back by every later run: no reference model is
-in memory while training.
+(Rafailov et al. 2023, arXiv 2305.18290, eq. 7), or another loss of such pairs, or a weighted sum of several
+(`--loss_type`, `--loss_weights`; see `rlhf/pairwise.py`). Each pair is one prompt tree. The reference is the
+policy as the run starts; its log-probabilities are computed once, kept beside the data, and read back by every later
+run: no reference model is in memory while training. `orpo`, `cpo` and `simpo` do without a reference altogether.
+With `--ref_update_interval` it follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656).
 
 Deviations: (1) the mean is over the pairs of the step, all devices together. (2) `--sft_coef` adds that many times
 the mean negative log-likelihood a token of the chosen responses (Pang et al. 2024, arXiv 2404.19733, eq. 2, which
-normalises by each response's length).
+normalises by each response's length); so do CPO (over responses) and ORPO (over prompts too), as in TRL. (3) AOT sorts
+the pairs of the whole step: where they don't go through the model at once, a first pass without gradient finds their
+ranks, without dropout.
 
 CPU: python rlhf/rlhf_dpo.py --data_dir=data/hh --sft_experiment_dir=experiments/runs/sft --max_steps=100
 GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_dpo.py --data_dir=data/hh \
@@ -18,21 +21,21 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_dpo.py -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.data.splits import Split
 from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
-from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
-from rlhf.experiment.reference import ReferenceLogps, reference_logps
+from rlhf.experiment.reference import MovingReference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.steps import Step
 from rlhf.flags import (
     BatchFlags,
     DataFlags,
@@ -43,117 +46,138 @@ from rlhf.flags import (
     RunFlags,
     launch,
 )
-from rlhf.kl import kl_k3
-from rlhf.losses.preference import hinge_loss, implicit_rewards, ipo_loss, sigmoid_loss
-from rlhf.losses.supervised import nll_loss
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.monitoring import measure_pairs
+from rlhf.pairwise import (
+    PairLogps,
+    PairLossFlags,
+    Partners,
+    Reference,
+    chosen_nll,
+    match_sides,
+    pair_logps,
+    pair_losses,
+    path_nll,
+    sides,
+)
 from rlhf.trees.forest import Forest
-from rlhf.trees.rows import halves, pair_tokens, pair_tree
+from rlhf.trees.rows import pair_tokens, pair_tree
 
 
 @dataclass(kw_only=True)
-class DPOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class DPOFlags(
+    PairLossFlags, DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags
+):
     """Direct preference optimisation."""
 
     sft_experiment_dir: str | None = None
     """Experiment (or model) that the policy starts from; it takes the place of --model_name."""
-    reference: str | None = None
-    """Experiment or model that is the reference; the policy as the run starts, unless set."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """DPO (eq. 7), IPO (Azar et al. 2023, eq. 17) or hinge (SLiC)."""
-    beta: float = 0.1
-    """Strength of the pull to the reference."""
-    label_smoothing: float = 0.0
-    """Probability that a label is wrong (conservative DPO); with --loss_type=sigmoid only."""
-    reference_free: bool = False
-    """Leave the reference out: its log-ratios are 0."""
-    sft_coef: float = 0.0
-    """Weight of the chosen responses' mean negative log-likelihood a token."""
-    max_chosen_drop: float = 1.0
-    """Warn once the chosen responses have lost this many nats a token against the reference."""
 
     def __post_init__(self) -> None:
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise UserError(f"--label_smoothing has no meaning with --loss_type={self.loss_type}; leave it at 0")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"--label_smoothing={self.label_smoothing} must be in [0, 0.5)")
-        if self.beta <= 0:
-            raise UserError(f"--beta={self.beta} must be above 0")
-        if self.reference_free and self.reference:
-            raise UserError("--reference and --reference_free contradict each other; leave one out")
-
-
-def pair_losses(flags: DPOFlags, policy_logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) losses from the summed log-probabilities (2B,) of chosen and rejected in turn, and their lengths."""
-    if flags.loss_type == "ipo":  # means over the tokens, see ipo_loss
-        policy_logps, ref_logps = policy_logps / lengths, ref_logps / lengths
-    logps = (*halves(policy_logps), *halves(ref_logps))
-    if flags.loss_type == "ipo":
-        return ipo_loss(*logps, beta=flags.beta)
-    if flags.loss_type == "hinge":
-        return hinge_loss(*logps, beta=flags.beta)
-    return sigmoid_loss(*logps, beta=flags.beta, label_smoothing=flags.label_smoothing)
-
-
-def measure(
-    metrics: Metrics, prefix: str, beta: float, losses: Tensor, policy_logps: Tensor, ref_logps: Tensor,
-    lengths: Tensor, weight: float = 1.0,
-) -> None:  # fmt: skip
-    """The curves that tell a fine run from a broken one: chosen and rejected apart, not their difference alone."""
-    chosen, rejected = halves(implicit_rewards(policy_logps, ref_logps, beta=beta).detach())
-    metrics.mean(f"{prefix}/loss", losses, weight)
-    metrics.mean(f"{prefix}/accuracy", (chosen > rejected).float(), weight)
-    metrics.mean(f"{prefix}/margin", chosen - rejected, weight)
-    metrics.mean(f"{prefix}/chosen_reward", chosen, weight)
-    metrics.mean(f"{prefix}/rejected_reward", rejected, weight)
-    for name, change, tokens in zip(
-        ("chosen", "rejected"), halves(policy_logps.detach() - ref_logps), halves(lengths), strict=True
-    ):
-        metrics.add(f"{prefix}/{name}_logp_change_per_token", change.sum() * weight, tokens.sum() * weight)
+        super().__post_init__()
+        if self.ref_update_interval and self.finetune_mode == "lora":
+            raise UserError(
+                "--ref_update_interval needs a reference with weights of its own, which an adapter switched off is "
+                "not; take --finetune_mode=all or last_layer"
+            )
 
 
 @torch.no_grad()
 def evaluate(
-    run: Run, flags: DPOFlags, policy: torch.nn.Module, split: Split, reference: ReferenceLogps | None
+    run: Run, flags: DPOFlags, policy: nn.Module, split: Split, reference: Reference | None
 ) -> dict[str, float]:
-    """Loss, implicit-reward accuracy and the curves of `measure` over `--eval_iters` mini-batches."""
+    """Loss, accuracy of the rewards and the curves of `measure_pairs` over `--eval_iters` mini-batches."""
     policy.eval()
     metrics = run.metrics()
     # Fewer rows than devices: one without any takes the first, which counts for nothing, to know the names.
     mine = [*run.batches(len(split), flags.eval_iters)]
     weight = 1.0 if mine else 0.0
-    for rows in mine or [[0]]:
-        forest = Forest([pair_tree(split[i]) for i in rows]).to(run.device)
-        token_logps, _ = policy(forest)
-        policy_logps, lengths = forest.per_branch(token_logps), forest.target_mask.sum(1).clamp(min=1)
-        ref_logps = torch.zeros_like(policy_logps) if reference is None else reference.sums(rows)
-        losses = pair_losses(flags, policy_logps, ref_logps, lengths)
-        measure(metrics, "val", flags.beta, losses, policy_logps, ref_logps, lengths, weight)
-        if reference is not None:
-            metrics.mean("val/kl_k3_per_token", kl_k3(token_logps, reference.tokens(rows)), weight)
+    batches = [
+        pair_logps(flags, policy, reference, pack_pairs(flags, split, rows).to(run.device), rows)
+        for rows in mine or [[0]]
+    ]
+    pairs = PairLogps(*map(torch.cat, zip(*batches, strict=True)))
+    partners = partners_of(run, flags, [pairs], counts=bool(mine))[0] if flags.sorts else None
+    metrics.mean("val/loss", pair_losses(flags, pairs, partners), weight)
+    measure_pairs(metrics, "val", flags, pairs, weight)
+    if flags.uses_reference:
+        metrics.add("val/kl_k3_per_token", pairs.kl.sum() * weight, pairs.lengths.sum() * weight)
     policy.train()
-    return metrics.reduce()
+    values = metrics.reduce()
+    values["val/loss"] += flags.chosen_nll_coef * values["val/chosen_nll"]
+    values["val/loss"] += flags.path_nll_coef * values.get("val/path_nll", 0.0)
+    return values
+
+
+def pack_pairs(flags: DPOFlags, split: Split, rows: Sequence[int]) -> Forest:
+    """The trees of some pairs; ORPO's likelihood is of their prompts too."""
+    return Forest([pair_tree(split[i], prompt_targets=flags.path_nll_coef > 0) for i in rows])
+
+
+def partners_of(run: Run, flags: DPOFlags, batches: list[PairLogps], *, counts: bool) -> list[Partners]:
+    """AOT's partners of the pairs of each batch, among all batches of all devices.
+
+    Args:
+        counts: False on a device whose batch only keeps the others company.
+    """
+    tables = [sides(flags, pairs).double() for pairs in batches]
+    mine = torch.cat(tables if counts else [tables[0][:0]])
+    owner = torch.full_like(mine[:, :1], run.rank)
+    table = run.gather_rows(torch.cat([owner, mine], 1))
+    found = torch.stack(match_sides(table[:, 1:]), 1)[table[:, 0] == run.rank].to(mine).float()
+    if not counts:
+        found = torch.zeros_like(tables[0][:, :3]).float()
+    return [Partners(*part.unbind(1)) for part in found.split([len(t) for t in tables])]
+
+
+@torch.no_grad()
+def partners_of_step(
+    run: Run,
+    flags: DPOFlags,
+    policy: nn.Module,
+    reference: Reference | None,
+    step: Step,
+    pack: Callable[[list[int]], tuple[Forest, list[int]]],
+    tokens: Tensor,
+) -> Iterable[Partners | None]:
+    """AOT's partners of each micro-batch of a step; None where it is the only one, and holds its own partners."""
+    batches = list(step.micro_batches(pack, tokens=tokens))
+    if len(batches) == run.world_size == 1:
+        return repeat(None)
+    policy.eval()
+    pairs = [pair_logps(flags, policy, reference, forest.to(run.device), rows) for forest, rows in batches]
+    policy.train()
+    return partners_of(run, flags, pairs, counts=step.weight > 0)
 
 
 def references_of(
-    run: Run, flags: DPOFlags, policy: torch.nn.Module, source: str, train: Split, validation: Split | None
-) -> tuple[ReferenceLogps | None, ReferenceLogps | None]:
-    """Stored log-probabilities, under the reference, of the rows of both splits that this run will use.
+    run: Run, flags: DPOFlags, policy: nn.Module, source: str, train: Split, validation: Split | None
+) -> tuple[Reference | None, Reference | None]:
+    """What gives the reference's log-probabilities of the rows of both splits that this run will use.
 
-    None for a split that isn't there, and for both with `--reference_free`.
+    Stored ones, or with `--ref_update_interval` a model, the same for both. None for a split that isn't there, and
+    for both where the losses do without a reference.
     """
-    if flags.reference_free:
-        run.say("rlhf_dpo: no reference (--reference_free)")
+    if not flags.uses_reference:
+        why = "--reference_free" if flags.reference_free else f"--loss_type {' '.join(flags.loss_type)}"
+        run.say(f"rlhf_dpo: no reference ({why})")
         return None, None
+    own = resolve(flags.reference, "reference") if flags.reference else source
+    name = own if flags.reference else f"{source}, the policy as this run starts"
+    if flags.ref_update_interval:
+        model = run.fabric.to_device(load_policy(own, flags, trainable=False))
+        run.say(
+            f"rlhf_dpo: the reference starts as {name}, and moves every {flags.ref_update_interval} steps; it stays in "
+            f"memory, and none of its log-probabilities are stored"
+        )
+        moving = MovingReference(run, model, policy.module)
+        return moving, moving
     if flags.reference:
-        name = resolve(flags.reference, "reference")
-        policy = run.fabric.setup_module(load_policy(name, flags, trainable=False))
-    else:
-        name = f"{source}, the policy as this run starts"
+        policy = run.fabric.setup_module(load_policy(own, flags, trainable=False))
 
-    def stored(split: Split, rows: Sequence[int]) -> ReferenceLogps:
+    def stored(split: Split, rows: Sequence[int]):
         folder = Path(flags.data_dir) / "reference_logps"
         size = flags.micro_batch_size
         return reference_logps(run, policy, rows, lambda i: pair_tree(split[i]), folder, micro_batch_size=size)
@@ -175,9 +199,11 @@ def main(flags: DPOFlags) -> dict:
     train, validation = run.load_splits("preference", tokenizer)
     policy = run.setup(load_policy(source, flags))
     run.plan(len(train), what="pairs")
-    train_reference, validation_reference = references_of(run, flags, policy, source, train, validation)
+    reference, validation_reference = references_of(run, flags, policy, source, train, validation)
     optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
+    if flags.ref_update_interval:
+        models["reference"] = reference
     run.restore(models, optimizers)
     run.open()
 
@@ -186,7 +212,7 @@ def main(flags: DPOFlags) -> dict:
         if validation is None:
             return {}
         values = evaluate(run, flags, policy, validation, validation_reference)
-        drop = -values["val/chosen_logp_change_per_token"]
+        drop = -values.get("val/chosen_logp_change_per_token", 0.0)
         if drop > flags.max_chosen_drop:
             run.say(
                 f"warning: the chosen responses have lost {drop:.2f} nats a token; lower --learning_rate, raise "
@@ -196,7 +222,7 @@ def main(flags: DPOFlags) -> dict:
         return values
 
     def pack(rows: list[int]) -> tuple[Forest, list[int]]:
-        return Forest([pair_tree(train[i]) for i in rows]), rows
+        return pack_pairs(flags, train, rows), rows
 
     columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
     tokens = pair_tokens(train.prompt_lens, *columns)
@@ -204,18 +230,23 @@ def main(flags: DPOFlags) -> dict:
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)
         num_pairs = len(step.global_rows)
-        num_chosen_tokens = int((columns[0] - train.prompt_lens)[step.global_rows].sum())
-        for forest, rows in step.micro_batches(pack, policy, tokens=tokens):
-            token_logps, _ = policy(forest.to(run.device))
-            policy_logps, lengths = forest.per_branch(token_logps), forest.target_mask.sum(1).clamp(min=1)
-            ref_logps = torch.zeros_like(policy_logps) if train_reference is None else train_reference.sums(rows)
-            losses = pair_losses(flags, policy_logps, ref_logps, lengths)
-            chosen_nll = nll_loss(halves(policy_logps)[0])
-            step.backward(losses.sum() / num_pairs + flags.sft_coef * chosen_nll.sum() / num_chosen_tokens)
-            measure(step.metrics, "train", flags.beta, losses, policy_logps, ref_logps, lengths, step.weight)
-            step.metrics.add("train/chosen_nll", chosen_nll.sum() * step.weight, halves(lengths)[0].sum() * step.weight)
+        path_lens, prompt_lens = columns[0][step.global_rows], train.prompt_lens[step.global_rows]
+        num_chosen_tokens, num_path_tokens = int((path_lens - prompt_lens).sum()), int((path_lens - 1).sum())
+        partners = repeat(None)
+        if flags.sorts:
+            partners = partners_of_step(run, flags, policy, reference, step, pack, tokens)
+        for (forest, rows), part in zip(step.micro_batches(pack, policy, tokens=tokens), partners, strict=False):
+            pairs = pair_logps(flags, policy, reference, forest.to(run.device), rows)
+            loss = pair_losses(flags, pairs, part).sum() / num_pairs
+            loss = loss + flags.chosen_nll_coef * chosen_nll(pairs).sum() / num_chosen_tokens
+            loss = loss + flags.path_nll_coef * path_nll(pairs).sum() / num_path_tokens
+            step.backward(loss)
+            step.metrics.add("train/loss", loss * num_pairs * step.weight, len(rows) * step.weight)
+            measure_pairs(step.metrics, "train", flags, pairs, step.weight)
             step.num_tokens += forest.num_tokens
         step.update(optimizer, clip=flags.gradient_clip_val)
+        if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
+            reference.update(flags.ref_mixup)
     return run.finish(models, optimizers, tokenizer, assess)
 
 

@@ -32,7 +32,7 @@ from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, check_positive,
 from rlhf.models.loading import load_policy, load_scorer, resolve, tokenizer_of
 from rlhf.models.policy import Policy
 from rlhf.reports import accuracy_of, interval_of, paired_p_value
-from rlhf.rewards import RewardModel
+from rlhf.rewards.models import RewardModel
 from rlhf.rollouts import Samples, generate
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree

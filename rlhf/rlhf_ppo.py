@@ -47,11 +47,13 @@ from rlhf.flags import (
     GenerationFlags,
     ModelFlags,
     OptimizerFlags,
+    RewardFlags,
     RunFlags,
+    check_on_policy,
     check_positive,
     launch,
 )
-from rlhf.kl import kl_k1, kl_k2, kl_k3
+from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
     ppo_policy_loss,
@@ -63,24 +65,21 @@ from rlhf.masked import masked_whiten
 from rlhf.models.loading import resolve, tokenizer_of
 from rlhf.models.roles import load_roles
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
-from rlhf.rewards import RewardModel
+from rlhf.rewards.mix import load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
-from rlhf.trees.batches import epoch_order, rows_of_step
+from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import finetune_tree
 
 MAX_LOG_RATIO = 20.0
-KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 @dataclass(kw_only=True)
-class PPOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
     """PPO."""
 
     sft_experiment_dir: str | None = None
     """Experiment (or model) that the policy starts from, and that the reference stays at; else --model_name."""
-    rm_experiment_dir: str | None = None
-    """Experiment (or model) of the reward model."""
     actor_learning_rate: float = 1e-6
     """Peak learning rate of the policy."""
     critic_learning_rate: float = 3e-6
@@ -156,19 +155,7 @@ class PPOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlag
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
-        if self.top_k or self.top_p != 1.0 or not self.do_sample:
-            raise UserError(
-                "PPO trains on the distribution that it samples from: leave --top_k=0, --top_p=1 and --do_sample=True "
-                "(--temperature is applied in training too)"
-            )
-        if not self.disable_dropout:
-            raise UserError("PPO needs dropout off in every role; leave --disable_dropout=True")
-        if self.rollout_size % self.mini_batch_size:
-            nearest = max(1, round(self.rollout_size / self.mini_batch_size)) * self.mini_batch_size
-            raise UserError(
-                f"--rollout_size={self.rollout_size} is no multiple of --mini_batch_size={self.mini_batch_size}; the "
-                f"nearest is {nearest}"
-            )
+        check_on_policy(self, "PPO")
         if self.whiten_rewards and self.rollout_size < 8:
             raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
         if self.center_rewards and not self.normalize_rewards:
@@ -191,16 +178,6 @@ class Batch:
             setattr(self, name, value.to(device))
 
 
-def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> list[int]:
-    """Responses of each step's rollout: the last of an epoch is short where the prompts don't divide.
-
-    >>> rollout_sizes(10, 4, num_steps=5)
-    [4, 4, 2, 4, 4]
-    """
-    windows = math.ceil(num_prompts / global_batch)
-    return [min(global_batch, num_prompts - step % windows * global_batch) for step in range(num_steps)]
-
-
 def shaped_scores(rollout: Rollout, flags: PPOFlags, moments: RunningMoments) -> Tensor:
     """(N,) scores after the treatment of missing EOS, the running normalisation and the clip."""
     scores = score_missing_eos(rollout.scores, rollout.ended, mode=flags.missing_eos, value=flags.missing_eos_value)
@@ -210,11 +187,18 @@ def shaped_scores(rollout: Rollout, flags: PPOFlags, moments: RunningMoments) ->
     return scores.clamp(-flags.reward_clip_value, flags.reward_clip_value) if flags.clip_rewards else scores
 
 
-def targets_of(rollout: Rollout, scores: Tensor, kl_coef: float, flags: PPOFlags, world_size: int) -> Targets:
-    """Advantages and returns of a rollout: shaped rewards, GAE, whitening of the advantages alone."""
+def targets_of(
+    rollout: Rollout, scores: Tensor, kl_coef: float, flags: PPOFlags, world_size: int, *, scale: float = 1.0
+) -> Targets:
+    """Advantages and returns of a rollout: shaped rewards, GAE, whitening of the advantages alone.
+
+    Args:
+        scores: (N,) shaped; scale: what they were divided by, as process rewards must be.
+    """
     mask, value_mask = rollout.response_mask, end_state_mask(rollout.response_mask)
     token_kl = KL_ESTIMATORS[flags.kl_estimator](rollout.old_logps, rollout.ref_logps)
-    rewards = token_rewards(scores, token_kl, mask, kl_coef, value_mask=value_mask)
+    process = rollout.process_rewards / scale
+    rewards = token_rewards(scores, token_kl, mask, kl_coef, value_mask=value_mask, process_rewards=process)
     if flags.whiten_rewards:
         rewards = masked_whiten(rewards, value_mask, shift_mean=False)
     advantages, returns = gae(rewards, rollout.values, value_mask, gamma=flags.gae_gamma, lam=flags.gae_lambd)
@@ -269,7 +253,7 @@ def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
     log_ratio = (token_logps - batch.old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     new_logps = batch.old_logps + log_ratio
     losses = ppo_policy_loss(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
-    clipped = policy_clipped(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
+    clipped = policy_clipped(log_ratio, batch.advantages, clip_low=flags.clip_coeff, clip_high=flags.clip_coeff)
     ratio, approx_kl = log_ratio.detach().exp(), kl_k2(new_logps.detach(), batch.old_logps)
     step.metrics.mean("train/policy_loss", losses, step.weight)
     step.metrics.mean("train/entropy", entropies, step.weight)
@@ -319,21 +303,26 @@ def main(flags: PPOFlags) -> dict:
     """Train; returns the last evaluation and the experiment folder."""
     run = start_experiment(flags, "rlhf_ppo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
-    sft, rm = resolve(getattr(flags, name), name), resolve(flags.rm_experiment_dir, "rm_experiment_dir")
+    sft = resolve(getattr(flags, name), name)
+    rm, rm_weight = reward_model_of(flags) or (None, 1.0)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
     supervised = run.load_splits("finetune", tokenizer)[0] if flags.ptx_coef else None
-    roles = load_roles(sft, rm, flags.critic_init, flags)
-    reward = RewardModel(roles.reward, tokenizer_of(rm, flags), tokenizer)
-    if flags.critic_init == "reward" and not reward.same_tokenizer:
-        raise UserError(
-            f"the reward model {rm} and the policy {sft} have different tokenizers, so the critic, which reads the "
-            f"policy's tokens, can't start as the reward model; set --critic_init=sft or zero"
-        )
+    roles = load_roles(sft, rm, flags.critic_init, flags, reward_weight=rm_weight)
+    rewards = load_rewards(
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        loaded={rm: roles.reward} if rm else {},
+    )
     actor, critic = run.setup(roles.actor), run.setup(roles.critic)
     for frozen in (roles.reference, roles.reward):
-        run.fabric.to_device(frozen)
+        if frozen is not None:
+            run.fabric.to_device(frozen)
     actor_optimizer = make_optimizer(roles.actor, flags, flags.actor_learning_rate)
     critic_optimizer = make_optimizer(roles.critic, flags, flags.critic_learning_rate)
     kl = (
@@ -374,7 +363,7 @@ def main(flags: PPOFlags) -> dict:
         log_sample(run, roles.actor, tokenizer)
         if validation is None:
             return {}
-        values, samples = evaluate_sampling(run, flags, roles, reward, validation)
+        values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
         run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
@@ -383,14 +372,17 @@ def main(flags: PPOFlags) -> dict:
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer, state())
         began = time.perf_counter()
-        experiences = collect(run, flags, roles, reward, prompts, step.global_rows, flags.temperature)
+        experiences = collect(
+            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
+        )
         rollout = stack(experiences, flags.max_new_tokens)
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
             if fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value):
                 run.say(f"warning: {fault}")
         scores = shaped_scores(rollout, flags, score_moments)
-        targets = targets_of(rollout, scores, kl.value, flags, run.world_size)
+        scale = score_moments.std if flags.normalize_rewards else 1.0
+        targets = targets_of(rollout, scores, kl.value, flags, run.world_size, scale=scale)
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
         kl.update(response_kl, len(experiences))
         step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)

@@ -116,8 +116,9 @@ def dpo_numbers(
         else:
             e = label_smoothing
             losses.append(-(1 - e) * F.logsigmoid(beta * margin) - e * F.logsigmoid(-beta * margin))
-    loss, pairs = torch.stack(losses).mean(), list(zip(rewards["chosen"], rewards["rejected"], strict=True))
-    return loss + sft_coef * nll / tokens["chosen"], {
+    pairs = list(zip(rewards["chosen"], rewards["rejected"], strict=True))
+    loss = torch.stack(losses).mean() + sft_coef * nll / tokens["chosen"]
+    return loss, {
         "train/loss": loss.item(),
         "train/accuracy": sum(c > r for c, r in pairs) / len(pairs),
         "train/margin": sum(c - r for c, r in pairs) / len(pairs),

@@ -13,7 +13,9 @@ Where TRL 1.16.0 and the scripts differ, and what these runs do about it:
    part. Its preparation of the data is left out, so that it gets the rows of the split as they are.
 5. A step of several micro-batches: TRL's RM and DPO average the means of the micro-batches, the scripts take the mean
    over the rows of the step. TRL is given one micro-batch a step.
-6. Dropout: TRL's SFT trainer leaves it as the model has it. It is given a model without.
+6. TRL's CPO and ORPO trainers tokenise text too: they are given the split's own rows in place of it. SimPO is CPO's
+   trainer with a likelihood of weight 0.
+7. Dropout: TRL's SFT trainer leaves it as the model has it. It is given a model without.
 """
 
 from __future__ import annotations
@@ -41,8 +43,38 @@ ROOT = Path(__file__).resolve().parents[1]
 TRL_WITH_PPO = ROOT / ".peers" / "trl-1.12.0"
 """TRL 1.12.0, the last release that has PPO; tests/run.sh installs it."""
 
-Stage = Literal["sft", "rm", "dpo", "ipo"]
-STAGES: tuple[Stage, ...] = ("sft", "rm", "dpo", "ipo")
+Stage = str
+REFERENCE_FREE: dict[Stage, dict[str, Any]] = {
+    "orpo": {"loss_type": ["orpo"]},
+    "cpo": {"loss_type": ["cpo"]},
+    "simpo": {"loss_type": ["simpo"], "beta": 2.0},
+}
+"""Stages that TRL has trainers of their own for, and the flags of the script."""
+PAIRWISE: dict[Stage, dict[str, Any]] = {
+    "dpo": {},
+    "ipo": {"loss_type": ["ipo"]},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "hinge": {"loss_type": ["hinge"]},
+    "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+    "discopop": {"loss_type": ["discopop"]},
+    "bco_pair": {"loss_type": ["bco_pair"]},
+    "nca_pair": {"loss_type": ["nca_pair"]},
+    "apo_zero": {"loss_type": ["apo_zero"]},
+    "apo_down": {"loss_type": ["apo_down"]},
+    "sppo_hard": {"loss_type": ["sppo_hard"], "beta": 0.5},
+    "aot": {"loss_type": ["aot"]},
+    "aot_unpaired": {"loss_type": ["aot_unpaired"]},
+    "mpo": {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2], "sft_coef": 1.0},
+    "ld_dpo": {"ld_alpha": 0.5},
+    "ln_dpo": {"length_normalize": True, "beta": 5.0},
+    "js_dpo": {"f_divergence": "js"},
+    "wpo": {"loss_type": ["sigmoid"], "loss_weights": [20.0], "wpo_weighting": True},
+    "tr_dpo": {"ref_update_interval": 3, "ref_mixup": 0.5},
+    **REFERENCE_FREE,
+}
+"""Stages of rlhf_dpo.py, and its flags."""
+STAGES: tuple[Stage, ...] = ("sft", "rm", "dpo", "ipo", *REFERENCE_FREE)
+MORE_STAGES: tuple[Stage, ...] = tuple(stage for stage in PAIRWISE if stage not in STAGES)
 
 
 def require_trl() -> None:
@@ -87,7 +119,6 @@ class Comparison:
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear"] = "linear"
     clip: float = 1.0
-    beta: float = 0.1
     use_targets: bool = True
     seed: int = 42
 
@@ -141,8 +172,7 @@ def train_here(comparison: Comparison) -> Trajectory:
             with mock.patch.object(rlhf_rm, "load_scorer", _saving(rlhf_rm.load_scorer, c.work / "start")):
                 rlhf_rm.main(rlhf_rm.RMFlags(**flags, loss_type="last_token"))
         else:
-            loss_type = "ipo" if c.stage == "ipo" else "sigmoid"
-            rlhf_dpo.main(rlhf_dpo.DPOFlags(**flags, loss_type=loss_type, beta=c.beta, max_new_tokens=1))
+            rlhf_dpo.main(rlhf_dpo.DPOFlags(**flags, **PAIRWISE[c.stage], max_new_tokens=1))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     trajectory.losses = [line["train/loss"] for line in map(json.loads, lines) if "train/loss" in line]
     return trajectory
@@ -167,8 +197,8 @@ def _watched(rows: list[list[int]]) -> Iterator[None]:
         yield
 
 
-def _real_tokens(inputs: dict[str, Tensor]) -> list[list[int]]:
-    pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+def _real_tokens(inputs: dict[str, Tensor], prefix: str = "") -> list[list[int]]:
+    pairs = zip(inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"].bool(), strict=True)
     return [ids[mask].tolist() for ids, mask in pairs]
 
 
@@ -235,10 +265,12 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
         model = AutoModelForSequenceClassification.from_pretrained(start, dtype=torch.float32)
         options = {}
         trainer_class, args = trl.RewardTrainer, trl.RewardConfig(**settings)
+    elif c.stage in REFERENCE_FREE:
+        model, options = language_model(), {}
+        trainer_class, args = reference_free_trainer(c.stage, settings)
     else:
-        loss_type = "ipo" if c.stage == "ipo" else "sigmoid"
         model, options = language_model(), {"ref_model": language_model()}
-        trainer_class, args = trl.DPOTrainer, trl.DPOConfig(**settings, loss_type=loss_type, beta=c.beta)
+        trainer_class, args = trl.DPOTrainer, trl.DPOConfig(**settings, **trl_options(PAIRWISE[c.stage]))
 
     class Watched(trainer_class):
         """The trainer, noting what comes to its model and what loss goes out."""
@@ -246,8 +278,14 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
         def _prepare_dataset(self, dataset, *rest):
             return dataset if trainer_class is trl.DPOTrainer else super()._prepare_dataset(dataset, *rest)
 
+        def tokenize_row(self, feature, *rest):  # of the CPO and ORPO trainers
+            return tokenized(split[feature["row"]])
+
         def compute_loss(self, model, inputs, *rest, **kwargs):
-            rows = _real_tokens(inputs)
+            if c.stage in REFERENCE_FREE:
+                rows = [row for side in ("chosen", "rejected") for row in _real_tokens(inputs, f"{side}_")]
+            else:
+                rows = _real_tokens(inputs)
             if c.stage != "sft":  # chosen rows, then rejected ones: the order here is pair by pair
                 half = len(rows) // 2
                 rows = [row for pair in zip(rows[:half], rows[half:], strict=True) for row in pair]
@@ -272,9 +310,54 @@ def rows_for_trl(split: Split, comparison: Comparison) -> list[dict[str, Any]]:
     if comparison.stage == "sft":
         labels = "targets" if comparison.use_targets else "input_ids"
         return [{"input_ids": row["input_ids"].tolist(), "labels": row[labels].tolist()} for row in split]
+    if comparison.stage in REFERENCE_FREE:  # text that is passed over, and the row that takes its place
+        return [{"prompt": "", "chosen": "", "rejected": "", "row": i} for i in range(len(split))]
     rows = []
     for row in split:
         n = 0 if comparison.stage == "rm" else row["prompt_len"]
         chosen, rejected = row["chosen_input_ids"].tolist(), row["rejected_input_ids"].tolist()
         rows.append({"prompt_ids": chosen[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]})
     return rows
+
+
+def reference_free_trainer(stage: Stage, settings: dict[str, Any]) -> tuple[type, Any]:
+    """TRL's trainer of ORPO, or of CPO and (without CPO's likelihood) SimPO, with its defaults."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    if stage == "orpo":
+        return ORPOTrainer, ORPOConfig(**settings)
+    simpo = {"loss_type": "simpo", "beta": 2.0, "cpo_alpha": 0.0}
+    return CPOTrainer, CPOConfig(**settings, **(simpo if stage == "simpo" else {}))
+
+
+def trl_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags of rlhf_dpo.py as TRL's DPOConfig calls them."""
+    options = dict(flags)
+    if options.pop("length_normalize", False):
+        options["loss_type"] = ["sigmoid_norm"]
+    if "sft_coef" in options:
+        options["loss_type"] = [*options["loss_type"], "sft"]
+        options["loss_weights"] = [*options["loss_weights"], options.pop("sft_coef")]
+    if "f_divergence" in options:
+        options["f_divergence_type"] = f"{options.pop('f_divergence')}_divergence"
+    if "wpo_weighting" in options:
+        options["use_weighting"] = options.pop("wpo_weighting")
+    if "ref_update_interval" in options:
+        options |= {
+            "sync_ref_model": True,
+            "ref_model_sync_steps": options.pop("ref_update_interval"),
+            "ref_model_mixup_alpha": options.pop("ref_mixup"),
+        }
+    return options
+
+
+def tokenized(row: dict[str, Any]) -> dict[str, list[int]]:
+    """A row of a split as the CPO and ORPO trainers tokenise their own."""
+    found, n = {"prompt_input_ids": row["chosen_input_ids"][: row["prompt_len"]].tolist()}, row["prompt_len"]
+    found["prompt_attention_mask"] = [1] * n
+    for side in ("chosen", "rejected"):
+        ids = row[f"{side}_input_ids"].tolist()
+        found[f"{side}_input_ids"], found[f"{side}_attention_mask"] = ids, [1] * len(ids)
+        found[f"{side}_labels"] = [-100] * n + ids[n:]
+    return found

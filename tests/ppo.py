@@ -19,7 +19,7 @@ from rlhf.experience import Experience, collect
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.roles import Roles, load_roles
-from rlhf.rewards import RewardModel
+from rlhf.rewards.mix import Rewards, load_rewards
 from rlhf.rlhf_ppo import PPOFlags
 from tests.splits import make_data, tokenizer_for
 from tests.tiny import make_model
@@ -87,14 +87,15 @@ class Setting:
     flags: PPOFlags
     run: Run
     roles: Roles
-    reward: RewardModel
+    rewards: Rewards
     prompts: Any
 
     def collect(self, rows: list[int] | None = None, **changes: Any) -> list[Experience]:
         """Experiences on `rows` (all unless given), with some flags changed."""
         flags = PPOFlags(**{**vars(self.flags), **changes})
         rows = list(range(len(self.prompts))) if rows is None else rows
-        return collect(self.run, flags, self.roles, self.reward, self.prompts, rows, flags.temperature)
+        given = self.run, flags, self.roles, self.rewards, self.prompts, rows, flags.temperature
+        return collect(*given, stop_at_eos=flags.stop_at_eos)
 
 
 def set_up(flags: PPOFlags) -> Setting:
@@ -102,8 +103,9 @@ def set_up(flags: PPOFlags) -> Setting:
     run = start_experiment(flags, "rlhf_ppo")
     tokenizer = tokenizer_of(flags.sft_experiment_dir, flags)
     roles = load_roles(flags.sft_experiment_dir, flags.rm_experiment_dir, flags.critic_init, flags)
-    reward = RewardModel(roles.reward, tokenizer_of(flags.rm_experiment_dir, flags), tokenizer)
-    return Setting(flags, run, roles, reward, run.load_prompts("train", tokenizer))
+    prompts = run.load_prompts("train", tokenizer)
+    rewards = load_rewards(flags, prompts, tokenizer, loaded={flags.rm_experiment_dir: roles.reward})
+    return Setting(flags, run, roles, rewards, prompts)
 
 
 @dataclass
@@ -144,15 +146,15 @@ def train(flags: PPOFlags, monkeypatch) -> Watched:
     watched = Watched()
     make_optimizer, load, pack = rlhf_ppo.make_optimizer, rlhf_ppo.load_roles, rlhf_ppo.pack
 
-    def watch_collect(run, flags, roles, reward, prompts, rows, temperature):
-        found = collect(run, flags, roles, reward, prompts, rows, temperature)
+    def watch_collect(run, flags, roles, rewards, prompts, rows, temperature, **options):
+        found = collect(run, flags, roles, rewards, prompts, rows, temperature, **options)
         if temperature == flags.temperature:
             watched.experiences.append(found)
             watched.rows.append(rows)
         return found
 
-    def watch_load(*args):
-        watched.roles = load(*args)
+    def watch_load(*args, **options):
+        watched.roles = load(*args, **options)
         return watched.roles
 
     def watch_pack(experiences, targets, advantages, rows):
@@ -198,11 +200,11 @@ def relative_gap(one: list[list[Tensor]], other: list[list[Tensor]], step: int) 
     )
 
 
-def on_two_processes(script: Path, argument: str, *, timeout: float = 240) -> None:
-    """Run a Python script on two processes that Fabric takes for those of `torchrun`.
+def on_two_processes(script: Path, argument: str, *, status: int = 0, timeout: float = 240) -> list[str]:
+    """Run a Python script on two processes that Fabric takes for those of `torchrun`; returns what each printed.
 
     Raises:
-        AssertionError: one of them failed; the message holds what both printed.
+        AssertionError: one of them ended with another status; the message holds what both printed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -233,4 +235,5 @@ def on_two_processes(script: Path, argument: str, *, timeout: float = 240) -> No
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    assert [process.returncode for process in processes] == [status, status], "\n".join(printed)
+    return printed

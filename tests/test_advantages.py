@@ -42,6 +42,18 @@ def test_k1_k2_token_rewards_by_hand():
     torch.testing.assert_close(rewards, expected)
 
 
+def test_process_rewards_by_hand():
+    """Of the score 2, tokens earn 0.5 and 3, so -1.5 is left for the end: 0.5 - 0.05 | 3 + 0.1 - 1.5; where the end
+    state has a place of its own, 3.1 | -1.5. Nothing is earned at a pad, and the sum stays 2.05.
+    """
+    given = (torch.tensor([2.0]), torch.tensor([[0.5, -1.0, NAN]]), torch.tensor([[True, True, False]]), 0.1)
+    process = torch.tensor([[0.5, 3.0, NAN]])
+    rewards = token_rewards(*given, process_rewards=process)
+    torch.testing.assert_close(rewards, torch.tensor([[0.45, 1.6, 0.0]]))
+    rewards = token_rewards(*given, process_rewards=process, value_mask=end_state_mask(given[2]))
+    torch.testing.assert_close(rewards, torch.tensor([[0.45, 3.1, -1.5]]))
+
+
 def test_k1_a_policy_surer_than_the_reference_is_charged():
     """K1: log-probability -1 against the reference's -2 is kl +1, and a negative reward."""
     token_kl = torch.tensor([[-1.0]]) - torch.tensor([[-2.0]])

@@ -16,6 +16,7 @@ import datasets
 import pytest
 import torch
 
+from data_prep.arithmetic import prepare_data as arithmetic
 from data_prep.custom import prepare_data as custom
 from data_prep.helpful_harmless import prepare_data as dialogues
 from data_prep.summarization import prepare_data as summaries
@@ -65,7 +66,7 @@ def test_the_command_lines_of_the_field_work(tmp_path, tokenizers, monkeypatch, 
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("module", [dialogues, summaries, custom])
+@pytest.mark.parametrize("module", [arithmetic, dialogues, summaries, custom])
 def test_every_flag_has_its_help(module, capsys):
     """C29, C21: each flag is explained."""
     with pytest.raises(SystemExit) as caught:

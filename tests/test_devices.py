@@ -36,6 +36,10 @@ JOBS = {
     "sft-tokens": ("sft", {"micro_batch_tokens": 60, "gradient_checkpointing": True}),
     "rm": ("rm", {"micro_batch_size": 3, "loss_type": "per_sample"}),
     "dpo": ("dpo", {"micro_batch_size": 1, "sft_coef": 0.3}),
+    "dpo-aot": (
+        "dpo",
+        {"micro_batch_size": 1, "loss_type": ["aot", "aot_unpaired", "orpo"], "ref_update_interval": 1},
+    ),
     "dpo-lora": ("dpo", {"micro_batch_size": 3, "finetune_mode": "lora", "lora_rank": 2}),
     "sft-padded": ("sft", {"micro_batch_size": 2, "model": "gptj"}),
 }

@@ -40,7 +40,9 @@ FROZEN = {
     RMFlags: SHARED | {"sft_experiment_dir", "loss_type"},
     DPOFlags: SHARED
     | GENERATION
-    | _names("sft_experiment_dir reference loss_type beta label_smoothing reference_free sft_coef max_chosen_drop"),
+    | _names("sft_experiment_dir reference loss_type beta label_smoothing reference_free sft_coef max_chosen_drop")
+    | _names("loss_weights f_divergence f_divergence_alpha length_normalize ld_alpha wpo_weighting discopop_tau")
+    | _names("cpo_alpha simpo_gamma orpo_lambda ref_update_interval ref_mixup"),
 }
 """The names that users have in their shell scripts. Adding one is fine; renaming or removing one breaks them."""
 

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from rlhf.losses.policy_gradient import (
+    cispo_loss,
     explained_variance,
     explained_variance_from,
+    grpo_loss,
+    gspo_loss,
     policy_clipped,
     ppo_policy_loss,
     ppo_value_loss,
+    response_log_ratios,
     value_clipped,
 )
 from rlhf.masked import moments
@@ -40,7 +44,7 @@ def test_l1_by_hand():
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6, -2.2, 2.2])
     assert logps.grad.tolist() == pytest.approx([0.0, 3.0, -1.0, 0.0, -2.2, 2.2])
-    held = policy_clipped(logps, torch.zeros_like(logps), advantages, clip_coef=0.2)
+    held = policy_clipped(logps, advantages, clip_low=0.2, clip_high=0.2)
     assert held.tolist() == [1, 0, 0, 1, 0, 0]
     assert not held.requires_grad
 
@@ -52,7 +56,8 @@ def test_l1_c2_at_ratio_one_nothing_is_clipped():
     for clip_coef in (0.0, 0.2):
         loss = ppo_policy_loss(logps, logps.detach(), advantages, clip_coef=clip_coef)
         torch.testing.assert_close(loss, -advantages)
-        assert (policy_clipped(logps, logps.detach(), advantages, clip_coef=clip_coef) == 0).all()
+        held = policy_clipped(torch.zeros_like(logps), advantages, clip_low=clip_coef, clip_high=clip_coef)
+        assert (held == 0).all()
     (grad,) = torch.autograd.grad(ppo_policy_loss(logps, logps.detach(), advantages, clip_coef=0.2).sum(), logps)
     torch.testing.assert_close(grad, -advantages)
 
@@ -65,6 +70,82 @@ def test_l1_loss_is_a_bound():
     assert (clipped >= unclipped).all()
     assert (clipped > unclipped).any()
     torch.testing.assert_close(ppo_policy_loss(logps, old_logps, advantages, clip_coef=1e6), unclipped)
+
+
+def test_grpo_has_room_of_its_own_on_either_side():
+    """Low 0.1, high 0.4. Ratio 1.5: max(-3, -2.8) = -2.8, held; max(3, 2.8) = 3. Ratio 0.5: max(-1, -1.8) = -1;
+    max(1, 1.8) = 1.8, held. Ratio 1.1: inside on both sides. With equal room it is PPO's.
+    """
+    logps = torch.tensor(RATIOS, dtype=torch.float64).log().requires_grad_()
+    old, advantages = torch.zeros_like(logps), torch.tensor(ADVANTAGES, dtype=torch.float64)
+    loss = grpo_loss(logps, old, advantages, clip_low=0.1, clip_high=0.4)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([-2.8, 3.0, -1.0, 1.8, -2.2, 2.2])
+    assert logps.grad.tolist() == pytest.approx([0.0, 3.0, -1.0, 0.0, -2.2, 2.2])
+    held = policy_clipped(logps.detach(), advantages, clip_low=0.1, clip_high=0.4)
+    assert held.tolist() == [1, 0, 0, 1, 0, 0]
+    same = grpo_loss(logps, old, advantages, clip_low=0.2, clip_high=0.2)
+    assert torch.equal(same, ppo_policy_loss(logps, old, advantages, clip_coef=0.2))
+
+
+def test_gspo_by_hand():
+    """Log-ratios (0.5, 0.1) and, shorter, (-0.4): s = e^0.3 = 1.3499 and e^-0.4 = 0.6703. Clip [0.8, 1.4].
+
+    Response 1, A = 2: -2 s at each token, gradient -2 s at each: the mean over its two tokens has the gradient
+    -2 s / 2 of GSPO's own objective -A exp(mean of the log-ratios). Response 2, A = -1: max(0.6703, 0.8) = 0.8, held.
+    The token behind its end, with log-ratio 0, has no say.
+    """
+    logps = torch.tensor([[0.5, 0.1], [-0.4, 0.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = torch.tensor([[2.0], [-1.0]], dtype=torch.float64).expand(2, 2)
+    loss = gspo_loss(logps, torch.zeros_like(logps), advantages, mask, clip_low=0.2, clip_high=0.4)
+    s = math.exp(0.3)
+    assert loss[mask].tolist() == pytest.approx([-2 * s, -2 * s, 0.8])
+    (grad,) = torch.autograd.grad((loss * mask).sum(), logps)
+    assert grad[0].tolist() == pytest.approx([-2 * s, -2 * s])
+    assert grad[1].tolist() == [0.0, 0.0]
+    objective = -2 * torch.exp(response_log_ratios(logps[:1], torch.zeros(1, 2), mask[:1])).sum()
+    torch.testing.assert_close(torch.autograd.grad(objective, logps)[0][0], grad[0] / 2)
+
+
+def test_gspo_of_an_empty_response_is_finite():
+    logps = torch.zeros(1, 2, requires_grad=True)
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    loss = gspo_loss(logps, torch.zeros(1, 2), torch.ones(1, 2), nothing, clip_low=0.2, clip_high=0.2)
+    (loss * nothing).sum().backward()
+    assert logps.grad.tolist() == [[0.0, 0.0]]
+    assert response_log_ratios(logps, torch.zeros(1, 2), nothing).item() == 0.0
+
+
+def test_cispo_by_hand():
+    """Weights 1.5 -> 1.3, 0.5 -> 0.9 and 1.1, inside: the gradient is -A times the weight, never 0; the weight is
+    a constant."""
+    logps = torch.tensor(RATIOS, dtype=torch.float64).log().requires_grad_()
+    advantages = torch.tensor(ADVANTAGES, dtype=torch.float64)
+    loss = cispo_loss(logps, torch.zeros_like(logps), advantages, clip_low=0.1, clip_high=0.3)
+    loss.sum().backward()
+    assert logps.grad.tolist() == pytest.approx([-2.6, 2.6, -1.8, 1.8, -2.2, 2.2])
+    assert loss.tolist() == pytest.approx((logps.grad * logps.detach()).tolist())
+    with torch.no_grad():
+        open_below = cispo_loss(logps, torch.zeros_like(logps), advantages, clip_low=1.0, clip_high=0.3)
+    assert open_below[2].item() == pytest.approx(-0.5 * 2 * math.log(0.5))
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
+def test_at_ratio_one_all_are_reinforce(loss):
+    """Equal policies: the gradient is that of -A * log-probability, whatever the clips."""
+    logps, _, advantages = (x.view(4, 6) for x in random_tokens())
+    logps = logps.clone().requires_grad_()
+    advantages = advantages[:, :1].expand(4, 6)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    clips = {"clip_low": 0.1, "clip_high": 0.2}
+    losses = {
+        "grpo": lambda: grpo_loss(logps, logps.detach(), advantages, **clips),
+        "gspo": lambda: gspo_loss(logps, logps.detach(), advantages, mask, **clips),
+        "cispo": lambda: cispo_loss(logps, logps.detach(), advantages, **clips),
+    }
+    (grad,) = torch.autograd.grad(losses[loss]().sum(), logps)
+    torch.testing.assert_close(grad, -advantages)
 
 
 def test_l2_by_hand():
@@ -98,7 +179,9 @@ def test_l2_without_a_clip_it_is_half_the_squared_error():
     [
         lambda *x: ppo_policy_loss(*x, clip_coef=0.2),
         lambda *x: ppo_value_loss(*x, clip_coef=0.2),
-        lambda *x: policy_clipped(*x, clip_coef=0.2),
+        lambda *x: grpo_loss(*x, clip_low=0.2, clip_high=0.3),
+        lambda *x: cispo_loss(*x, clip_low=0.2, clip_high=0.3),
+        lambda new, old, advantages: policy_clipped(new - old, advantages, clip_low=0.2, clip_high=0.3),
         lambda *x: value_clipped(*x, clip_coef=0.2),
     ],
 )
@@ -114,6 +197,7 @@ def test_gradients():
     leaf.requires_grad_()
     check = torch.autograd.gradcheck
     assert check(lambda x: ppo_policy_loss(x, old, target, clip_coef=0.2), leaf)
+    assert check(lambda x: grpo_loss(x, old, target, clip_low=0.2, clip_high=0.3), leaf)
     assert check(lambda x: ppo_value_loss(x, old, target, clip_coef=0.2), leaf)
     assert check(lambda x: ppo_value_loss(x, old, target, clip_coef=None), leaf)
 

@@ -283,8 +283,8 @@ MUTANTS = [
     ),
     Mutant(
         "rlhf/losses/policy_gradient.py",
-        "ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)",
-        "ratio.clamp(max=1.0 + clip_coef)",
+        "ratio.clamp(1.0 - clip_low, 1.0 + clip_high)",
+        "ratio.clamp(max=1.0 + clip_high)",
         (POLICY + "test_l1_by_hand",),
     ),
     Mutant(

@@ -1,4 +1,5 @@
-"""Whole trajectories of SFT, RM and DPO against TRL 1.16.0, step by step; tests/peers.py names the deviations.
+"""Whole trajectories of SFT, RM, DPO and its relatives against TRL 1.16.0, step by step; tests/peers.py names the
+deviations.
 
 Rows of very unequal lengths in file order, 14 of them by fours, so that each of the 5 epochs ends in a step of two.
 """
@@ -34,7 +35,27 @@ def test_twenty_steps_in_trl(stage, tmp_path):
     agree(*compare(Comparison(stage=stage, model=model, data=data, work=tmp_path, learning_rate=1e-3)))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "given"),
+    [
+        ("mpo", {}),
+        ("wpo", {}),
+        ("tr_dpo", {"learning_rate": 3e-3}),
+        ("ld_dpo", {}),
+        ("aot_unpaired", {"micro_batch": 3}),
+    ],
+)
+def test_twenty_steps_in_trl_of_other_objectives(stage, given, tmp_path):
+    """What one loss's value doesn't show: a likelihood a token, collisions of a real model's distributions, a reference
+    that moves, and C3: ranks of a whole step that is cut."""
+    require_trl()
+    data, model = make_data(tmp_path / "data", num_validation=0), make_model_dir(tmp_path / "model", "llama")
+
+    given = {"learning_rate": 1e-3, **given}
+    agree(*compare(Comparison(stage=stage, model=model, data=data, work=tmp_path, **given)))
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ipo", "orpo", "cpo"])
 def test_twenty_steps_in_trl_with_absolute_positions_and_cut_steps(stage, tmp_path):
     """C3, C5, R1, R5: a GPT-2, a constant rate, no clipping; here each step is cut into micro-batches of three rows."""
     require_trl()

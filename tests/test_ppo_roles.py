@@ -12,7 +12,7 @@ from rlhf.flags import ModelFlags
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import load_policy, load_scorer, save_model
 from rlhf.models.roles import Roles, load_roles
-from rlhf.rewards import RewardModel
+from rlhf.rewards.models import RewardModel
 from rlhf.rlhf_ppo import main
 from rlhf.trees.forest import Forest, Tree
 from tests.ppo import flags_of, make_world, set_up
@@ -90,6 +90,27 @@ def test_critic_starts_as_the_normalised_reward(world):
         raw = roles.reward(forest, forest.branch_last)
     torch.testing.assert_close(values, scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores, (raw - 0.3) / 1.7, atol=1e-5, rtol=1e-5)
+
+
+def test_critic_starts_at_the_weight_of_the_reward_model(world):
+    """P2: a reward model that counts half starts a critic of half its normalised score."""
+    forest, roles = forest_of(), load_roles(world.sft, world.rm, "reward", NO_DROPOUT, reward_weight=0.5)
+    with torch.no_grad():
+        values = roles.critic(forest, forest.branch_last)
+        raw = roles.reward(forest, forest.branch_last)
+    torch.testing.assert_close(values, 0.5 * (raw - 0.3) / 1.7, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["all", "lora"])
+def test_roles_without_a_reward_model(world, mode):
+    """Three roles are left, and a critic that would start as the fourth is refused."""
+    flags = ModelFlags(finetune_mode=mode, lora_rank=4 if mode == "lora" else None)
+    roles = load_roles(world.sft, None, "zero", flags)
+    assert roles.reward is None
+    assert roles.sharing == ("three models, one for each role" if mode == "all" else "three roles on 1 copy")
+    assert not outputs(roles, "critic", forest_of()).any()
+    with pytest.raises(UserError, match=r"--critic_init=reward .* there is none among the rewards"):
+        load_roles(world.sft, None, "reward", flags)
 
 
 def test_critic_starts_as_zero_or_from_sft(world):

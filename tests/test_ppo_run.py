@@ -206,7 +206,7 @@ def test_evaluations_are_repeatable_and_have_a_fixed_point(long_run, world, tmp_
     prompts = setting.run.load_prompts("validation", tokenizer_for())
     heat = []
     monkeypatch.setattr(monitoring, "collect", lambda *args: heat.append(args[-1]) or collect(*args))
-    tables = [evaluate_sampling(setting.run, setting.flags, setting.roles, setting.reward, prompts) for _ in range(2)]
+    tables = [evaluate_sampling(setting.run, setting.flags, setting.roles, setting.rewards, prompts) for _ in range(2)]
     assert tables[0] == tables[1]
     assert heat == [0.01, 0.01]
     assert len(tables[0][1]) == 6
@@ -228,7 +228,7 @@ def test_the_kl_of_an_evaluation_is_that_of_plain_models(long_run, world, tmp_pa
     setting = set_up(flags)
     setting.roles.reference = load_policy(world.sft, flags, trainable=False)
     prompts = setting.run.load_prompts("validation", tokenizer_for())
-    found = evaluate_sampling(setting.run, flags, setting.roles, setting.reward, prompts)[0]["val/kl"]
+    found = evaluate_sampling(setting.run, flags, setting.roles, setting.rewards, prompts)[0]["val/kl"]
     policy, reference = (offline.causal(folder) for folder in (long_run.folder / "final", world.sft))
     total = 0.0
     with torch.no_grad():

@@ -242,8 +242,8 @@ def test_a_mismatch_stops_the_run_before_any_update(world, tmp_path, monkeypatch
     """C35, P1: a reference that is another model ends the run at the first rollout, with no final model."""
     load_roles = rlhf_ppo.load_roles
 
-    def planted(*args):
-        roles = load_roles(*args)
+    def planted(*args, **options):
+        roles = load_roles(*args, **options)
         with torch.no_grad():
             next(roles.reference.parameters()).mul_(torch.linspace(0.9, 1.1, 32))
         return roles

@@ -85,6 +85,22 @@ def test_rewards_values_and_masks_against_a_hand_table():
     torch.testing.assert_close(targets.returns[:, 0], rollout.scores - 0.1 * total_kl)
 
 
+def test_process_rewards_say_where_a_score_is_earned():
+    """Of the score 3 of the second response, its tokens earn 1 and 4, so the end earns -2: with beta 0 and
+    gamma = lambda = 1 the returns are 3, 2 | -2. Divided by a deviation of 2, all of it halves.
+    """
+    experiences = table()
+    experiences[1].process_rewards = torch.tensor([1.0, 4.0])
+    rollout = stack(experiences, 3)
+    settings = flags(gae_lambd=1.0, normalize_advantages=False)
+    assert rollout.process_rewards.tolist() == [[0, 0, 0], [1, 4, 0], [0, 0, 0]]
+    targets = targets_of(rollout, rollout.scores, 0.0, settings, 1)
+    torch.testing.assert_close(targets.returns[1], torch.tensor([3.0, 2.0, -2.0]))
+    torch.testing.assert_close(targets.returns[[0, 2], 0], torch.tensor([2.0, 1.0]))
+    halved = targets_of(rollout, rollout.scores / 2, 0.0, settings, 1, scale=2.0)
+    torch.testing.assert_close(halved.returns, targets.returns / 2)
+
+
 def test_stack_refuses_a_response_that_does_not_fit():
     with pytest.raises(ValueError, match="3 tokens does not fit 2 columns"):
         stack(table(), 2)

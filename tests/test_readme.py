@@ -21,6 +21,7 @@ import pytest
 from data_prep.custom import prepare_data as custom
 from rlhf import losses
 from rlhf.flags import parse
+from rlhf.pairwise import LOSS_TYPES
 from rlhf.rlhf_dpo import DPOFlags
 from rlhf.rlhf_dpo import main as dpo
 from rlhf.rlhf_evaluate import EvaluateFlags
@@ -186,6 +187,8 @@ def test_every_module_is_listed_and_every_listed_file_is_there():
 
 
 def loss_types(flags: type) -> tuple[str, ...]:
+    if flags is DPOFlags:
+        return LOSS_TYPES
     hints = inspect.get_annotations(flags)["loss_type"]
     return tuple(ast.literal_eval(hints.removeprefix("Literal"))) if isinstance(hints, str) else get_args(hints)
 
@@ -207,7 +210,7 @@ def test_every_loss_type_and_every_loss_is_in_the_table():
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
-    """Every key of metrics.jsonl of tiny runs of the four scripts, with what is off by default switched on."""
+    """Every key of metrics.jsonl of tiny runs of the scripts, with what is off by default switched on."""
     root = tmp_path_factory.mktemp("readme")
     data, model = make_data(root / "data"), make_model_dir(root / "model")
     reward = make_model_dir(root / "reward", scorer=True)
@@ -225,23 +228,24 @@ def logged(tmp_path_factory) -> set[str]:
     runs = (
         (sft, SFTFlags, {"model_name": model, **sampling}),
         (rm, RMFlags, {"model_name": model}),
-        (dpo, DPOFlags, {"model_name": model, "sft_coef": 0.1, **sampling}),
+        (dpo, DPOFlags, {"model_name": model, "sft_coef": 0.1, "wpo_weighting": True, **sampling}),
+        (dpo, DPOFlags, {"model_name": model, "loss_type": ["orpo"], **sampling}),
         (ppo, PPOFlags, {"sft_experiment_dir": model, "rm_experiment_dir": reward, "rollout_size": 4, "ppo_epochs": 1,
                          "ptx_coef": 0.1, **sampling}),
     )  # fmt: skip
     keys: set[str] = set()
     for main, flags, changes in runs:
-        folder = root / flags.__name__
+        folder = root / f"{flags.__name__}-{len(keys)}"
         main(flags(**{**settings, **changes, "experiment_dir": str(folder)}))
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            keys |= set(json.loads(line)) - {"step"}
+            keys |= {re.sub(r"/reward_\w+$", "/reward_<name>", key) for key in json.loads(line)} - {"step"}
     return keys
 
 
 def glossary() -> set[str]:
     table = README.split("## Logged metrics")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    return {name for row in rows for name in re.findall(r"`([\w/]+)`", row)}
+    return {name for row in rows for name in re.findall(r"`([\w/<>]+)`", row)}
 
 
 def test_every_logged_metric_is_in_the_glossary(logged):

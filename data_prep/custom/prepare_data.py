@@ -21,45 +21,33 @@ from typing import Any, Literal
 
 from rlhf.data.custom import CustomParser
 from rlhf.data.prepare import prepare
+from rlhf.data.prepare_flags import FormatFlags
 from rlhf.data.prepare_flags import PrepareFlags as SharedFlags
-from rlhf.errors import UserError
 from rlhf.flags import launch
 
 
 @dataclass(kw_only=True)
-class PrepareFlags(SharedFlags):
+class PrepareFlags(SharedFlags, FormatFlags):
     """Plain texts and conversations."""
 
-    prompt_template: str = "{prompt}"
-    """Text around a plain prompt, such as "Question: {prompt}\\nAnswer:"; a backslash and n stand for a line feed."""
-    apply_chat_template: bool = False
-    """Put plain texts through the tokenizer's chat template, as one user's message and one assistant's."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which assistant's turns of a conversation are learnt in finetune: each, or only the last."""
 
 
 def main(flags: PrepareFlags) -> dict[str, Any]:
     """Prepare one stage; returns its entry in `args.json`."""
-    template = flags.prompt_template.replace("\\n", "\n")
-    if "{prompt}" not in template:
-        raise UserError(f"--prompt_template={flags.prompt_template!r} has no place for the text; write {{prompt}}")
 
     def make_parser(tokenizer: Any) -> CustomParser:
-        if flags.apply_chat_template and not tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer {flags.tokenizer_name!r} has no chat template, which --apply_chat_template needs; "
-                "take the tokenizer of an instruct model"
-            )
         return CustomParser(
             flags.stage,
             tokenizer,
             remove_same_responses=flags.remove_same_responses,
-            prompt_template=template,
+            prompt_template=flags.template,
             apply_chat_template=flags.apply_chat_template,
             every_turn=flags.assistant_turns == "all",
         )
 
-    return prepare(flags, make_parser, prompt_template=template)
+    return prepare(flags, make_parser, prompt_template=flags.template)
 
 
 if __name__ == "__main__":

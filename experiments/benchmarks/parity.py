@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data_prep.helpful_harmless import prepare_data
 from rlhf.errors import UserError
 from rlhf.flags import check_positive, launch
-from tests.peers import STAGES, Comparison, Trajectory, train_here, train_in_trl
+from tests.peers import MORE_STAGES, STAGES, Comparison, Trajectory, train_here, train_in_trl
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,8 @@ class ParityFlags:
     data_file: str = "sample"
     """Pairs of dialogues (`chosen`, `rejected`), as data_prep/helpful_harmless/prepare_data.py reads them."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Which of sft, rm, dpo and ipo."""
+    """Which of sft, rm, dpo, ipo, orpo, cpo and simpo; and robust, hinge, exo_pair, discopop, bco_pair, nca_pair,
+    apo_zero, apo_down, sppo_hard, aot, aot_unpaired, mpo, ld_dpo, ln_dpo, js_dpo, wpo, tr_dpo (tests/peers.py)."""
     steps: int = 20
     """Optimiser steps."""
     batch: int = 4
@@ -106,9 +107,10 @@ def main(flags: ParityFlags) -> dict[str, Any]:
         SystemExit: status 1, where a difference is above the tolerance or the tokens differ.
     """
     check_positive(flags, "steps", "batch", "max_length", "learning_rate", "tolerance")
-    unknown = sorted(set(flags.stages) - set(STAGES))
+    known = (*STAGES, *MORE_STAGES)
+    unknown = sorted(set(flags.stages) - set(known))
     if unknown:
-        raise UserError(f"--stages: {unknown[0]!r} is not one of {', '.join(STAGES)}")
+        raise UserError(f"--stages: {unknown[0]!r} is not one of {', '.join(known)}")
     work = Path(flags.work_dir or tempfile.mkdtemp())
     gaps = {}
     try:
@@ -120,9 +122,9 @@ def main(flags: ParityFlags) -> dict[str, Any]:
     finally:
         if flags.work_dir is None:
             shutil.rmtree(work)
-    print(f"\n{'stage':<6} largest difference over {flags.steps} steps")
+    print(f"\n{'stage':<12} largest difference over {flags.steps} steps")
     for stage, gap in gaps.items():
-        print(f"{stage:<6} {gap:.1e}{'' if gap <= flags.tolerance else '  above the tolerance'}")
+        print(f"{stage:<12} {gap:.1e}{'' if gap <= flags.tolerance else '  above the tolerance'}")
     if max(gaps.values()) > flags.tolerance:
         raise SystemExit(1)
     return gaps

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.chat import ChatTemplate, Message, shared_turns
 from rlhf.data.dialogue import ASSISTANT, HUMAN, DialogueParser
 from rlhf.data.rows import Response, Row, UnusableRowError, checked_text, refuse_equal, staged, text_of
+from rlhf.errors import UserError
 
 FORMS = (
     "{instruction, response}, {prompt, chosen, rejected}, {prompt, completion, label}, {prompt}, a bare prompt "
@@ -23,6 +24,9 @@ class CustomParser:
 
     `prompt_template` wraps plain prompts ("{prompt}" is the text); instructions become one Human/Assistant
     exchange; message lists, and with `apply_chat_template` plain texts too, go through the chat template.
+
+    Raises:
+        UserError: `apply_chat_template` with a tokenizer that has none.
     """
 
     def __init__(
@@ -40,6 +44,11 @@ class CustomParser:
         self.prompt_template = prompt_template
         self.apply_chat_template = apply_chat_template
         self.every_turn = every_turn
+        if apply_chat_template and not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which --apply_chat_template needs; "
+                "take the tokenizer of an instruct model"
+            )
         self.chat = ChatTemplate(tokenizer)
 
     def __call__(self, record: Any) -> Row:

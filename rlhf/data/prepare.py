@@ -67,8 +67,16 @@ def prepare(
     *,
     sample: Path | None = None,
     prompt_template: str = "{prompt}",
+    made: Source | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Prepare one stage; `make_parser(tokenizer)` gives what turns a source row into a `Row`.
+
+    Args:
+        sample: the file that `--dataset_path=sample` stands for.
+        prompt_template: around plain prompts, for `args.json`.
+        made: rows that the script makes itself, in place of a data set.
+        arguments: for `args.json`, where they are others than `flags`.
 
     Returns:
         The stage's entry in `args.json`.
@@ -82,10 +90,7 @@ def prepare(
         raise UserError(f"--destination_dir {destination} is a file; give a folder")
     data_info(destination)  # an unreadable args.json is better found now than after the work
     tokenizer = load_tokenizer(flags.tokenizer_name, trust_remote_code=flags.trust_remote_code)
-    sources = choose_splits(
-        open_sources(_local_path(flags, sample), flags.dataset_name or "", flags.dataset_subset),
-        {name: getattr(flags, f"{name}_split") for name in SPLIT_NAMES},
-    )
+    sources = {"train": made} if made else _open_sources(flags, sample)
     limits = Limits(flags.max_length, flags.max_prompt_length, flags.max_response_length, flags.truncate)
     encoder = RowEncoder(flags.stage, tokenizer, make_parser(tokenizer), limits, flags.seed)
     started = time.perf_counter()
@@ -117,7 +122,7 @@ def prepare(
         seconds = time.perf_counter() - started
         kind = tally.kinds.most_common(1)[0][0]
         entry = {
-            "arguments": dataclasses.asdict(flags),
+            "arguments": arguments or dataclasses.asdict(flags),
             "tokenizer": {"name": flags.tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
             "format": format_of(kind, tokenizer, prompt_template),
             "counts": counts,
@@ -134,6 +139,11 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
     _print_end(destination, tally, seconds, num_workers)
     return entry
+
+
+def _open_sources(flags: PrepareFlags, sample: Path | None) -> dict[str, Source]:
+    found = open_sources(_local_path(flags, sample), flags.dataset_name or "", flags.dataset_subset)
+    return choose_splits(found, {name: getattr(flags, f"{name}_split") for name in SPLIT_NAMES})
 
 
 def _local_path(flags: PrepareFlags, sample: Path | None) -> str | None:

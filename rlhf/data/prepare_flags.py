@@ -55,8 +55,30 @@ class SourceFlags:
 
 
 @dataclass(kw_only=True)
-class RowFlags:
-    """Which rows are kept."""
+class FormatFlags:
+    """How plain texts are written."""
+
+    prompt_template: str = "{prompt}"
+    """Text around a plain prompt, such as "Question: {prompt}\\nAnswer:"; a backslash and n stand for a line feed."""
+    apply_chat_template: bool = False
+    """Put plain texts through the tokenizer's chat template, as one user's message and one assistant's."""
+
+    @property
+    def template(self) -> str:
+        """`--prompt_template` with its line feeds.
+
+        Raises:
+            UserError: it has no place for the prompt.
+        """
+        template = self.prompt_template.replace("\\n", "\n")
+        if "{prompt}" not in template:
+            raise UserError(f"--prompt_template={self.prompt_template!r} has no place for the text; write {{prompt}}")
+        return template
+
+
+@dataclass(kw_only=True)
+class LimitFlags:
+    """How long a row may be."""
 
     max_length: int = 512
     """Most tokens of prompt and response together, EOS included."""
@@ -66,6 +88,12 @@ class RowFlags:
     """Most tokens of a response, EOS included; no limit of its own unless set."""
     truncate: bool = False
     """Cut what is over a limit (prompts at the start, responses at the end, without EOS) instead of dropping it."""
+
+
+@dataclass(kw_only=True)
+class RowFlags(LimitFlags):
+    """Which rows are kept."""
+
     remove_same_inputs: bool = False
     """Keep only the first row of each prompt."""
     remove_same_responses: bool = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,16 @@ class Prompts:
         """(P,) int64 token ids."""
         row = self.split[i]
         return _ids(row)[: row["prompt_len"]]
+
+    def row(self, i: int) -> dict[str, Any]:
+        """Row `i` of the file as a dict of its own, with `row`, which is i, and `reference`: the data's answer as text,
+        empty where there is none.
+        """
+        row = self.split[i]
+        if "reference" not in row:
+            answer = _ids(row)[row["prompt_len"] :]
+            row["reference"] = self.tokenizer.decode(answer, skip_special_tokens=True)
+        return {**row, "row": i}
 
     def answer(self, i: int) -> Tensor | None:
         """(A,) int64 token ids of the data's own answer, EOS included; None where there is none."""

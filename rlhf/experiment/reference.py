@@ -1,8 +1,8 @@
-"""Log-probabilities of fixed responses under a frozen reference: computed once, kept on disk beside the data.
+"""Log-probabilities under the reference: computed once and kept on disk, or by a model that follows the policy.
 
-A file holds what one model said; within it each response has its own key, the hash of its prompt's and its own
-tokens. So a changed model or precision starts another file, and a changed row is the only one computed again,
-whatever the split, the stage or the order of the rows.
+Of a frozen reference, a file beside the data holds what one model said; within it each response has its own key, the
+hash of its prompt's and its own tokens. So a changed model or precision starts another file, and a changed row is the
+only one computed again, whatever the split, the stage or the order of the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf.errors import UserError
 from rlhf.experiment.run import Run
 from rlhf.files import atomic_write
 from rlhf.models.policy import Policy
@@ -55,12 +56,62 @@ class ReferenceLogps:
         """
         return torch.cat(self._parts(rows))
 
+    def __call__(self, forest: Forest, rows: list[int]) -> Tensor:
+        """(R,) float32 log-probabilities of the targets of the rows' forest; 0 for those in a prompt.
+
+        Raises:
+            KeyError: a row that was not asked for when they were read.
+        """
+        token_logps = torch.zeros(forest.num_targets, device=self._flat.device)
+        token_logps[~forest.target_in_root] = self.tokens(rows)
+        return token_logps
+
     def _parts(self, rows: list[int]) -> list[Tensor]:
         unknown = [row for row in rows if row not in self._place]
         if unknown:
             raise KeyError(f"no reference log-probabilities were read for the rows {unknown}")
         index = [self._place[row] * self._branches + b for row in rows for b in range(self._branches)]
         return [self._flat[self._offsets[i] : self._offsets[i + 1]] for i in index]
+
+
+class MovingReference:
+    """A reference that is drawn after the policy: TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
+
+    Args:
+        model: the reference as it starts, on this device; of the policy's architecture.
+        policy: what it follows, weight by weight.
+
+    Raises:
+        UserError: the two have weights of different names or shapes.
+    """
+
+    def __init__(self, run: Run, model: Policy, policy: Policy) -> None:
+        self._run, self._model = run, model.eval()
+        mine = dict(model.named_parameters())
+        self._followed = policy.own_parameters()
+        for name, parameter in self._followed.items():
+            if name not in mine or mine[name].shape != parameter.shape:
+                raise UserError(
+                    f"--ref_update_interval mixes the weights of policy and --reference, and {name} is not in both, "
+                    f"or of two shapes; give a --reference of the policy's architecture, or leave it out"
+                )
+        self._own = {name: mine[name] for name in self._followed}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that move, for a checkpoint."""
+        return self._own
+
+    @torch.no_grad()
+    def __call__(self, forest: Forest, rows: list[int]) -> Tensor:
+        """(R,) float32 log-probabilities of the forest's targets, as the reference stands now."""
+        with self._run.fabric.autocast():
+            return self._model(forest)[0]
+
+    @torch.no_grad()
+    def update(self, mixup: float) -> None:
+        """ref <- mixup * policy + (1 - mixup) * ref: the paper's soft update, and with mixup 1 its hard one."""
+        for name, parameter in self._followed.items():
+            self._own[name].lerp_(parameter.to(self._own[name].dtype), mixup)
 
 
 @torch.no_grad()

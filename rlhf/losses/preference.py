@@ -1,15 +1,16 @@
-"""Losses that align a policy directly with pairs of a chosen and a rejected response to one prompt.
+"""Losses of a pair that compare its two responses: they depend on the margin of chosen over rejected alone.
 
-All look at the log-ratio margin, how much more the policy has moved towards the chosen response than towards the
-rejected one:
+    margin = chosen_scores - rejected_scores
 
-    margin = (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)
+The scores are the log-ratios `log pi(y|x) - log ref(y|x)` of whole responses, in nats, or what
+`rlhf/losses/log_ratios.py` makes of them. Without a reference, they are the policy's own log-probabilities.
 
-Shapes: `B` pairs. Log-probabilities are of whole responses, in nats, summed over their tokens unless said
-otherwise. Without a reference, pass zeros for it.
+Shapes: `B` pairs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,7 @@ from torch import Tensor
 
 
 def sigmoid_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
+    chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float, label_smoothing: float = 0.0
 ) -> Tensor:
     """DPO: the ranking loss of a reward model whose reward is the policy's own log-ratio.
 
@@ -34,65 +29,68 @@ def sigmoid_loss(
     is ln 2 where policy and reference agree.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: (B,) summed.
+        chosen_scores, rejected_scores: (B,) log-ratios.
         beta: strength of the pull to the reference.
         label_smoothing: e, in [0, 0.5).
 
     Returns:
         (B,)
 
-    >>> logps = torch.tensor([-12.0]), torch.tensor([-15.0])
-    >>> sigmoid_loss(*logps, *logps, beta=0.1)
-    tensor([0.6931])
-    >>> sigmoid_loss(*logps, torch.tensor([-14.0]), torch.tensor([-12.0]), beta=0.1)
-    tensor([0.4741])
+    >>> sigmoid_loss(torch.tensor([0.0, 2.0]), torch.tensor([0.0, -3.0]), beta=0.1)
+    tensor([0.6931, 0.4741])
     """
-    logits = beta * _margin(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    logits = beta * (chosen_scores - rejected_scores)
     return -(1.0 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-def ipo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+def robust_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO: an unbiased estimate, from labels that are wrong with probability e, of DPO's loss on right ones.
+
+        [(1 - e) l(margin) - e l(-margin)] / (1 - 2 e),    l(m) = -log sigmoid(beta * m)
+
+    Chowdhury et al. 2024 (arXiv 2403.00409). With e = 0 it is DPO. Unlike conservative DPO's, its descent never
+    lowers a margin; it has no lower bound.
+
+    Args:
+        chosen_scores, rejected_scores: (B,) log-ratios.
+        beta: strength of the pull to the reference.
+        label_smoothing: e, in [0, 0.5).
+
+    Returns:
+        (B,)
+
+    >>> robust_loss(torch.tensor([2.0]), torch.tensor([-3.0]), beta=0.1, label_smoothing=0.1)
+    tensor([0.4116])
+    """
+    logits = beta * (chosen_scores - rejected_scores)
+    right, wrong = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+    return ((1.0 - label_smoothing) * right - label_smoothing * wrong) / (1.0 - 2.0 * label_smoothing)
+
+
+def ipo_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float) -> Tensor:
     """IPO: the squared distance of the margin from a target, so that it can't grow without end.
 
         (margin - 1 / (2 * beta))^2
 
     Azar et al. 2023 (arXiv 2310.12036), eq. 17, whose tau is `beta`. Deviation, shared with TRL, whose authors
-    had it confirmed by IPO's: the log-probabilities are *means over the tokens* of a response, not sums; else
-    the loss would grow with the length.
+    had it confirmed by IPO's: the scores are *means over the tokens* of a response, not sums; else the loss would
+    grow with the length.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: (B,) each a
-            response's summed log-probability over the number of its tokens.
+        chosen_scores, rejected_scores: (B,) each response's log-ratio over the number of its tokens.
         beta: strength of the pull to the reference.
 
     Returns:
         (B,)
 
-    >>> logps = torch.tensor([-1.5]), torch.tensor([-2.0])
-    >>> ipo_loss(*logps, *logps, beta=0.5)
-    tensor([1.])
-    >>> ipo_loss(*logps, torch.tensor([-1.75]), torch.tensor([-1.5]), beta=0.5)
-    tensor([0.0625])
+    >>> ipo_loss(torch.tensor([0.0, 0.25]), torch.tensor([0.0, -0.5]), beta=0.5)
+    tensor([1.0000, 0.0625])
     """
-    margin = _margin(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margin = chosen_scores - rejected_scores
     return (margin - 1.0 / (2.0 * beta)).square()
 
 
-def hinge_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-) -> Tensor:
+def hinge_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float) -> Tensor:
     """Hinge: a pair counts until its margin reaches 1 / beta, and then no more.
 
         max(0, 1 - beta * margin)
@@ -101,20 +99,65 @@ def hinge_loss(
     "hinge-norm" of Liu et al. 2023 (arXiv 2309.06657).
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: (B,) summed.
+        chosen_scores, rejected_scores: (B,) log-ratios.
         beta: inverse of the margin at which a pair is settled.
 
     Returns:
         (B,)
 
-    >>> logps = torch.tensor([-12.0]), torch.tensor([-15.0])
-    >>> hinge_loss(*logps, *logps, beta=0.1)
-    tensor([1.])
-    >>> hinge_loss(*logps, torch.tensor([-14.0]), torch.tensor([-12.0]), beta=0.1)
-    tensor([0.5000])
+    >>> hinge_loss(torch.tensor([0.0, 2.0, 9.0]), torch.tensor([0.0, -3.0, -9.0]), beta=0.1)
+    tensor([1.0000, 0.5000, 0.0000])
     """
-    margin = _margin(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margin = chosen_scores - rejected_scores
     return torch.relu(1.0 - beta * margin)
+
+
+def exo_pair_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
+    """EXO on pairs: the reverse KL from the policy's choice between the two responses to the label's.
+
+        q log(q / (1 - e)) + (1 - q) log((1 - q) / e),    q = sigmoid(beta * margin)
+
+    Ji et al. 2024 (arXiv 2402.00856), eq. 16. It is 0 at the margin whose q is 1 - e, and grows beyond.
+
+    Args:
+        chosen_scores, rejected_scores: (B,) log-ratios.
+        beta: strength of the pull to the reference.
+        label_smoothing: e, in (0, 0.5); the paper takes 1e-3. The loss is infinite at 0.
+
+    Returns:
+        (B,)
+
+    >>> exo_pair_loss(torch.tensor([0.0]), torch.tensor([0.0]), beta=0.1, label_smoothing=0.001)
+    tensor([2.7612])
+    """
+    logits = beta * (chosen_scores - rejected_scores)
+    chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
+    rejected = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(label_smoothing))
+    return chosen + rejected
+
+
+def discopop_loss(chosen_scores: Tensor, rejected_scores: Tensor, *, beta: float, tau: float) -> Tensor:
+    """DiscoPOP, the log-ratio modulated loss: DPO's for pairs in the wrong order, exponential for those in the right.
+
+        (1 - m) * -log sigmoid(z) + m * exp(-z),    z = beta * margin,  m = sigmoid(z / tau)
+
+    Lu et al. 2024 (arXiv 2406.08414), eq. 5. Not convex: a narrow hump stands above z = 0.
+
+    Args:
+        chosen_scores, rejected_scores: (B,) log-ratios.
+        beta: strength of the pull to the reference.
+        tau: width of the change between the two, in (0, 1); the paper takes 0.05.
+
+    Returns:
+        (B,)
+
+    >>> discopop_loss(torch.tensor([0.0, 2.0]), torch.tensor([0.0, -3.0]), beta=0.1, tau=0.05)
+    tensor([0.8466, 0.6065])
+    """
+    logits = beta * (chosen_scores - rejected_scores)
+    logistic = -F.logsigmoid(logits) * torch.sigmoid(-logits / tau)
+    # One exponential: m underflows to 0 before exp(-z) overflows, and 0 times infinity is no number.
+    return logistic + torch.exp(F.logsigmoid(logits / tau) - logits)
 
 
 def implicit_rewards(policy_logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
@@ -135,13 +178,3 @@ def implicit_rewards(policy_logps: Tensor, ref_logps: Tensor, *, beta: float) ->
     tensor([0.2000])
     """
     return beta * (policy_logps - ref_logps)
-
-
-def _margin(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-) -> Tensor:
-    # Each response against its own reference first: those two numbers are the nearest to each other.
-    return (policy_chosen_logps - ref_chosen_logps) - (policy_rejected_logps - ref_rejected_logps)

@@ -54,7 +54,7 @@ class Policy(_Role):
         super().__init__(model, uses_trees, adapter)
 
     def forward(
-        self, forest: Forest, *, temperature: float = 1.0, entropy: bool = False
+        self, forest: Forest, *, temperature: float = 1.0, entropy: bool = False, collision: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of every target of the forest, in packed order.
 
@@ -62,26 +62,34 @@ class Policy(_Role):
             forest: T packed tokens with R targets.
             temperature: logits are divided by it, as in sampling.
             entropy: also return the entropy of each target's distribution, in nats.
+            collision: instead, also return log sum_v p(v)^2 of that distribution, without a gradient.
 
         Returns:
-            (R,) float32 token log-probabilities, and (R,) entropies or None.
+            (R,) float32 token log-probabilities, and (R,) entropies or log collisions, or None.
         """
         targets = forest.input_ids[forest.target_index]
+        wanted = {"entropy": entropy, "collision": collision}
         with using_adapter(self.model, self.adapter):
             if self.uses_trees:
                 states = forest_states(self.model, forest)
                 return head_logps(
-                    self.model, states[forest.target_predecessor], targets, temperature=temperature, entropy=entropy
+                    self.model, states[forest.target_predecessor], targets, temperature=temperature, **wanted
                 )
             hf = unwrapped(self.model)
             logits = hf(**accepted(hf, padded_rows(forest)), use_cache=False).logits
         row, column = place_in_rows(forest)
         at = forest.target_predecessor
-        return logps_of_logits(logits[row[at], column[at]] / temperature, targets, entropy=entropy)
+        return logps_of_logits(logits[row[at], column[at]] / temperature, targets, **wanted)
 
 
 def head_logps(
-    model: PreTrainedModel | PeftModel, states: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy=False
+    model: PreTrainedModel | PeftModel,
+    states: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    collision: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`chunked_logps` with the model's own head, logit scale and cap.
 
@@ -92,16 +100,21 @@ def head_logps(
     head, softcap = hf.get_output_embeddings(), logit_softcap(hf.config)
     scale = logit_scale(hf.config) / temperature
     if type(head) is nn.Linear:
-        return chunked_logps(states, head.weight, head.bias, targets, scale=scale, softcap=softcap, entropy=entropy)
+        wanted = {"entropy": entropy, "collision": collision}
+        return chunked_logps(states, head.weight, head.bias, targets, scale=scale, softcap=softcap, **wanted)
     logits = head(states).float()
     logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
-    return logps_of_logits(logits * scale, targets, entropy=entropy)
+    return logps_of_logits(logits * scale, targets, entropy=entropy, collision=collision)
 
 
-def logps_of_logits(logits: Tensor, targets: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `targets` (R,) under full `logits` (R, V), and on request the (R,) entropies."""
+def logps_of_logits(
+    logits: Tensor, targets: Tensor, *, entropy: bool = False, collision: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of `targets` (R,) under full `logits` (R, V); on request (R,) entropies or log collisions."""
     log_probabilities = logits.float().log_softmax(-1)
     token_logps = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
+    if collision:
+        return token_logps, (2 * log_probabilities.detach()).logsumexp(-1)
     return token_logps, -(log_probabilities.exp() * log_probabilities).sum(-1) if entropy else None
 
 

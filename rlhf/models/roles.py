@@ -1,4 +1,4 @@
-"""The four roles of PPO: actor, reference, critic and reward model; with LoRA as few copies of a base as can be."""
+"""The roles of RL: actor, reference, critic and reward model; with LoRA as few copies of a base as can be."""
 
 from __future__ import annotations
 
@@ -10,55 +10,90 @@ import torch
 from peft import LoraConfig, PeftModel, load_peft_weights
 from torch import nn
 
+from rlhf.data.text import tokenizer_fingerprint
+from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
 from rlhf.models.adapters import adapter_base, adapter_has_head, copy_adapter
 from rlhf.models.forward import unwrapped
-from rlhf.models.loading import load_policy, load_scorer, reward_moments, set_dropout_off
+from rlhf.models.loading import load_policy, load_scorer, reward_moments, set_dropout_off, tokenizer_of
 from rlhf.models.policy import Policy, Scorer
 
 CriticInit = Literal["reward", "sft", "zero"]
+_NUMBER = {3: "three", 4: "four"}
 
 
 @dataclass
 class Roles:
-    """Actor and critic are trained; reference and reward are frozen.
+    """Actor and critic are trained; reference and reward are frozen. A role that a run doesn't have is None.
 
     Attributes:
         sharing: one clause for the user: which roles share one copy of the weights.
     """
 
     actor: Policy
-    reference: Policy
-    critic: Scorer
-    reward: Scorer
+    reference: Policy | None
+    critic: Scorer | None
+    reward: Scorer | None
     sharing: str
 
 
-def load_roles(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags) -> Roles:
+def load_actor(sft: str, flags: ModelFlags, *, with_reference: bool) -> Roles:
+    """The roles of RL without a critic: the actor and, where it is asked for, its frozen reference.
+
+    Args:
+        sft: what `resolve` returned: where both start.
+
+    With `--finetune_mode=lora` the reference is the actor's weights without the trained adapter.
+    """
+    actor = load_policy(sft, flags)
+    set_dropout_off(actor)
+    if not with_reference:
+        return Roles(actor, None, None, None, "no reference")
+    if flags.finetune_mode == "lora":
+        return Roles(actor, _reference_under(actor), None, None, "policy and reference on 1 copy")
+    reference = load_policy(sft, flags, trainable=False)
+    set_dropout_off(reference)
+    return Roles(actor, reference, None, None, "policy and reference are two models")
+
+
+def _reference_under(actor: Policy) -> Policy:
+    """The reference over the weights of a LoRA actor: the adapter that it continues, or none."""
+    continued = "reference" in actor.model.peft_config
+    return Policy(actor.model, uses_trees=actor.uses_trees, adapter="reference" if continued else None)
+
+
+def load_roles(
+    sft: str, reward: str | None, critic_init: CriticInit, flags: ModelFlags, *, reward_weight: float = 1.0
+) -> Roles:
     """Load the roles from the folders of an SFT policy and a reward model.
 
     Args:
-        sft, reward: what `resolve` returned.
+        sft, reward: what `resolve` returned; None where rewards come from elsewhere.
         critic_init: the critic starts as the reward model (its value at the last token is the normalised
-            reward), as the SFT trunk with a random head, or as the SFT trunk with a head of zeros (V = 0).
+            reward, times `reward_weight`), as the SFT trunk with a random head, or as the SFT trunk with a head of
+            zeros (V = 0).
 
     With `--finetune_mode=lora` the reference is the actor's weights without the trained adapter, and the critic is
     an adapter and a head over the actor's base or over the reward model's. A reward model that is itself an
     adapter of the actor's base joins it, so that all four roles share one copy.
+
+    Raises:
+        UserError: a critic that is to start as a reward model that is not there or that reads other tokens, or a model
+            that can't be loaded.
     """
+    if critic_init == "reward":
+        _check_critic_can_start_as(reward, sft, flags)
     if flags.finetune_mode != "lora":
-        return _separate(sft, reward, critic_init, flags)
+        return _separate(sft, reward, critic_init, flags, reward_weight)
     actor = load_policy(sft, flags)
-    reference = Policy(
-        actor.model,
-        uses_trees=actor.uses_trees,
-        adapter="reference" if "reference" in actor.model.peft_config else None,
+    reference = _reference_under(actor)
+    shares = (
+        reward is not None and adapter_base(reward) is not None and adapter_has_head(reward) and _same_base(sft, reward)
     )
-    shares = adapter_base(reward) is not None and adapter_has_head(reward) and _same_base(sft, reward)
     if shares:
         scorer = _adapter_scorer(actor, reward)
     else:
-        scorer = load_scorer(reward, flags, trainable=False)
+        scorer = None if reward is None else load_scorer(reward, flags, trainable=False)
     if critic_init == "reward" and not shares:
         settings = _lora_like(actor.model.peft_config["default"])
         peft_model = PeftModel(scorer.model, settings, adapter_name="critic")
@@ -69,7 +104,7 @@ def load_roles(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags
         settings = actor.model.peft_config["reward" if from_reward else "default"]
         critic = _new_scorer(actor, settings, reward if from_reward else None, "critic")
     if critic_init == "reward":
-        _start_at_reward(critic.head, scorer)
+        _start_at_reward(critic.head, scorer, reward_weight)
     else:
         _start_fresh(critic.head, zero=critic_init == "zero")
     for role in (actor, critic):
@@ -77,19 +112,21 @@ def load_roles(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags
             parameter.requires_grad_(".default." in name or ".critic." in name)
         role.train()
     critic.head.requires_grad_(True)
-    for role in (actor, reference, critic, scorer):
+    roles = [role for role in (actor, reference, critic, scorer) if role is not None]
+    for role in roles:
         set_dropout_off(role)
-    copies = len({id(unwrapped(role.model)) for role in (actor, reference, critic, scorer)})
-    return Roles(actor, reference, critic, scorer, f"four roles on {copies} {'copy' if copies == 1 else 'copies'}")
+    copies = len({id(unwrapped(role.model)) for role in roles})
+    sharing = f"{_NUMBER[len(roles)]} roles on {copies} {'copy' if copies == 1 else 'copies'}"
+    return Roles(actor, reference, critic, scorer, sharing)
 
 
-def _separate(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags) -> Roles:
+def _separate(sft: str, reward: str | None, critic_init: CriticInit, flags: ModelFlags, reward_weight: float) -> Roles:
     actor, reference = load_policy(sft, flags), load_policy(sft, flags, trainable=False)
-    scorer = load_scorer(reward, flags, trainable=False)
+    scorer = None if reward is None else load_scorer(reward, flags, trainable=False)
     if critic_init == "reward":
         critic = load_scorer(reward, flags)
         head = _linear_head(critic.model)
-        _start_at_reward(head, scorer)
+        _start_at_reward(head, scorer, reward_weight)
     else:
         critic = load_scorer(sft, flags, new_head=True)
         head = _linear_head(critic.model)
@@ -97,9 +134,24 @@ def _separate(sft: str, reward: str, critic_init: CriticInit, flags: ModelFlags)
     # The critic's own head, with a bias, takes the place of the classifier's.
     unwrapped(critic.model).score = head
     critic.head = head
-    for role in (actor, reference, critic, scorer):
+    roles = [role for role in (actor, reference, critic, scorer) if role is not None]
+    for role in roles:
         set_dropout_off(role)
-    return Roles(actor, reference, critic, scorer, "four models, one for each role")
+    return Roles(actor, reference, critic, scorer, f"{_NUMBER[len(roles)]} models, one for each role")
+
+
+def _check_critic_can_start_as(reward: str | None, sft: str, flags: ModelFlags) -> None:
+    if reward is None:
+        raise UserError(
+            "--critic_init=reward starts the critic as the reward model, and there is none among the rewards; set "
+            "--critic_init=sft or zero, or add --rm_experiment_dir"
+        )
+    theirs, own = (tokenizer_fingerprint(tokenizer_of(source, flags)) for source in (reward, sft))
+    if theirs != own:
+        raise UserError(
+            f"the reward model {reward} and the policy {sft} have different tokenizers, so the critic, which reads the "
+            f"policy's tokens, can't start as the reward model; set --critic_init=sft or zero"
+        )
 
 
 def _same_base(sft: str, reward: str) -> bool:
@@ -115,11 +167,12 @@ def _linear_head(model) -> nn.Linear:
     return nn.Linear(size, 1, device=hf.device)
 
 
-def _start_at_reward(head: nn.Linear, scorer: Scorer) -> None:
-    """Make a value head give the normalised reward: (score - mean) / scale."""
+def _start_at_reward(head: nn.Linear, scorer: Scorer, weight: float) -> None:
+    """Make a value head give the normalised reward times its weight in the mix: weight * (score - mean) / scale."""
+    factor = weight / scorer.reward_scale
     with torch.no_grad():
-        head.weight.copy_(scorer.head.weight / scorer.reward_scale)
-        head.bias.fill_(-scorer.reward_mean / scorer.reward_scale)
+        head.weight.copy_(scorer.head.weight * factor)
+        head.bias.fill_(-scorer.reward_mean * factor)
 
 
 def _start_fresh(head: nn.Linear, *, zero: bool) -> None:

@@ -27,6 +27,16 @@ def num_steps(num_rows: int, global_batch: int, epochs: float, max_steps: int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
+def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> list[int]:
+    """Prompts of each step's rollout: the last of an epoch is short where they don't divide.
+
+    >>> rollout_sizes(10, 4, num_steps=5)
+    [4, 4, 2, 4, 4]
+    """
+    windows = math.ceil(num_prompts / global_batch)
+    return [min(global_batch, num_prompts - step % windows * global_batch) for step in range(num_steps)]
+
+
 def rows_of_step(step: int, num_rows: int, global_batch: int, *, seed: int, shuffle: bool) -> list[int]:
     """The rows, over all devices, of step `step` (from 0): the next window of its epoch's order."""
     epoch, window = divmod(step, math.ceil(num_rows / global_batch))

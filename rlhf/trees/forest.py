@@ -72,6 +72,7 @@ class Forest:
         end: (T,) one past the last packed position of the token's subtree.
         predecessor: (T,) packed index of the token before it on its path, -1 at a root's first.
         target_index: (R,) packed indices of the targets that have a predecessor.
+        target_in_root: (R,) True where the target lies in its tree's root segment.
         branch_last: (B,) packed index of the last token of each path.
         branch_targets: (B, L) indices into the R targets along each path, left-aligned; -1 where a path has fewer.
         num_trees, num_branches: counts.
@@ -120,6 +121,8 @@ class Forest:
 
         is_target = (torch.cat(targets) if targets else torch.empty(0, dtype=torch.bool)) & (self.predecessor >= 0)
         self.target_index = is_target.nonzero().squeeze(1)
+        is_root = torch.tensor([parent < 0 for parent in parents], dtype=torch.bool)
+        self.target_in_root = torch.repeat_interleave(is_root, lengths)[self.target_index]
         leaves = [s for s in range(num) if is_leaf[s]]
         self.branch_last = torch.tensor([last[s] for s in leaves], dtype=torch.long)
         self.branch_targets = self._paths_of_targets(leaves, parents, is_target)

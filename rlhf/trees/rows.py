@@ -22,11 +22,16 @@ def finetune_tree(row: Mapping[str, Any], use_targets: bool = True) -> Tree:
     return Tree([ids[:n], ids[n:]], [-1, 0], [counted[:n], counted[n:]])
 
 
-def pair_tree(row: Mapping[str, Any]) -> Tree:
-    """A row of `preference_*.pt` as a trunk with two branches: chosen first."""
+def pair_tree(row: Mapping[str, Any], *, prompt_targets: bool = False) -> Tree:
+    """A row of `preference_*.pt` as a trunk with two branches: chosen first.
+
+    With `prompt_targets`, the prompt's tokens are targets too.
+    """
     n = row["prompt_len"]
     chosen, rejected = row["chosen_input_ids"], row["rejected_input_ids"]
-    return Tree.of(chosen[:n], chosen[n:], rejected[n:])
+    segments = [chosen[:n], chosen[n:], rejected[n:]]
+    targets = [torch.full_like(s, prompt_targets or i > 0, dtype=torch.bool) for i, s in enumerate(segments)]
+    return Tree(segments, [-1, 0, 0], targets)
 
 
 def first_difference(row: Mapping[str, Any]) -> int:

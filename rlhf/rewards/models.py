@@ -1,4 +1,4 @@
-"""Scores of sampled responses by a reward model, whatever tokenizer it has."""
+"""Reward models as rewards: the scores of a frozen scorer, whatever tokenizer it has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.text import encode_pair, tokenizer_fingerprint
 from rlhf.models.policy import Scorer
+from rlhf.rewards.answers import Answers
+from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 
 
@@ -19,16 +21,23 @@ class RewardModel:
     Args:
         scorer: the reward model.
         tokenizer: its tokenizer; policy_tokenizer: the one of the token ids that will be scored.
+        batch_size: responses that go through the scorer at once; all of a call unless set.
 
     Where the two differ, prompt and response are decoded and tokenised anew by the one rule of this project
     (`encode_pair`), so that the score is that of the text; else the ids go straight through.
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase
+        self,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | None = None,
     ) -> None:
         self.scorer, self.tokenizer, self.policy_tokenizer = scorer, tokenizer, policy_tokenizer
         self.same_tokenizer = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(policy_tokenizer)
+        self.batch_size = batch_size
 
     def tree(self, prompt: Tensor, response: Tensor, ended: bool) -> Tree:
         """Prompt and response in the reward model's own tokens."""
@@ -42,6 +51,13 @@ class RewardModel:
     def __call__(self, prompts: Sequence[Tensor], responses: Sequence[Tensor], ended: Sequence[bool]) -> Tensor:
         """Normalised scores, read at the last token of each response: (N,) float32 on the CPU."""
         trees = [self.tree(*row) for row in zip(prompts, responses, ended, strict=True)]
-        forest = Forest(trees).to(next(self.scorer.parameters()).device)
-        scores = self.scorer(forest, forest.branch_last)
-        return ((scores - self.scorer.reward_mean) / self.scorer.reward_scale).cpu()
+        device = next(self.scorer.parameters()).device
+        scores = []
+        for batch in cut(range(len(trees)), micro_batch_size=self.batch_size or max(1, len(trees))):
+            forest = Forest([trees[i] for i in batch]).to(device)
+            scores.append(self.scorer(forest, forest.branch_last).float())
+        return ((torch.cat(scores) - self.scorer.reward_mean) / self.scorer.reward_scale).cpu()
+
+    def judge(self, answers: Answers) -> list[float]:
+        """The same of a batch as all kinds of rewards see it."""
+        return self(answers.prompt_ids, answers.response_ids, answers.ended).tolist()

@@ -1,0 +1,246 @@
+"""Online DPO: sample responses, pair the best with the worst of each prompt, and learn from the fresh pairs.
+
+    loss = - log sigmoid(beta * [(log pi(y_b|x) - log ref(y_b|x)) - (log pi(y_w|x) - log ref(y_w|x))])
+
+(Guo et al. 2024, arXiv 2402.04792, algorithm 1; Rafailov et al. 2023, arXiv 2305.18290, eq. 7), or any loss of
+`rlhf/pairwise.py` that looks at one pair at a time. y_b and y_w are the highest and the lowest rewarded of
+`--num_samples` responses. The prompt is the trunk, they are the branches. With `--ref_update_interval=N --ref_mixup=1`
+the reference is renewed every N steps: iterative DPO, in rounds of N steps (Xu et al. 2023, arXiv 2312.16682).
+
+Deviations: (1) a prompt whose responses all have one reward makes no pair; the paper's annotator and TRL call one of
+them the better. (2) IPO compares means over tokens, as in `rlhf_dpo.py`; TRL's online trainer sums. (3) The
+log-probabilities are those of the distribution that is sampled, `--temperature` included.
+
+CPU: python rlhf/rlhf_online_dpo.py --data_dir=data/hh --sft_experiment_dir=experiments/runs/sft \
+     --rm_experiment_dir=experiments/runs/rm --rollout_size=8 --max_steps=50
+GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_online_dpo.py --data_dir=data/hh \
+     --sft_experiment_dir=experiments/runs/sft --rm_experiment_dir=experiments/runs/rm --num_samples=4
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.advantages import score_missing_eos
+from rlhf.errors import UserError
+from rlhf.evaluation import log_sample
+from rlhf.experience import Experience, collect, stack
+from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.reference import MovingReference
+from rlhf.experiment.run import start_experiment
+from rlhf.flags import (
+    BatchFlags,
+    DataFlags,
+    DeviceFlags,
+    GenerationFlags,
+    ModelFlags,
+    OptimizerFlags,
+    RewardFlags,
+    RunFlags,
+    check_not_negative,
+    check_on_policy,
+    check_positive,
+    launch,
+)
+from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.models.roles import load_actor
+from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
+from rlhf.pairwise import PairLossFlags, chosen_nll, pair_logps, pair_losses
+from rlhf.rewards.mix import load_rewards
+from rlhf.trees.batches import epoch_order
+from rlhf.trees.forest import Forest, Tree
+
+Pair = tuple[Experience, Experience]
+"""The best and the worst response to one prompt."""
+
+
+@dataclass(kw_only=True)
+class OnlineDPOFlags(
+    PairLossFlags,
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    RunFlags,
+    DeviceFlags,
+):
+    """Online DPO."""
+
+    sft_experiment_dir: str | None = None
+    """Experiment (or model) that the policy starts from, and that the reference stays at; else --model_name."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    num_samples: int = 2
+    """Responses to each prompt, of which the best and the worst make the pair."""
+    rollout_size: int = 8
+    """Prompts of one step on one device; a multiple of --mini_batch_size, which counts prompts too."""
+    rollout_mini_batch_size: int = 64
+    """Responses that are decoded at once."""
+    rollout_epochs: int = 1
+    """Passes over the pairs of one step, each in a new order."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the reward of a response without EOS."""
+    eval_temperature: float = 0.01
+    """Temperature at evaluations: near-greedy."""
+    disable_dropout: bool = True
+    """Online DPO compares what was sampled with what is trained: dropout stays off."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls: not at all, or to 0 along a line or a cosine, a step at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
+        check_positive(self, "eval_temperature")
+        check_not_negative(self, "missing_eos_penalty")
+        check_on_policy(self, "online DPO")
+        if self.num_samples < 2:
+            raise UserError(f"--num_samples={self.num_samples} makes no pair; it must be 2 or more")
+        if self.sorts or self.path_nll_coef:
+            raise UserError(
+                f"--loss_type {' '.join(self.loss_type)}: aot, aot_unpaired and orpo need more than the two responses "
+                f"of a fresh pair; take another, such as sigmoid"
+            )
+        if self.ref_update_interval and self.finetune_mode == "lora":
+            raise UserError(
+                "--ref_update_interval needs a reference with weights of its own, which an adapter switched off is "
+                "not; take --finetune_mode=all or last_layer"
+            )
+
+
+def pairs_of(experiences: list[Experience], flags: OnlineDPOFlags) -> list[Pair]:
+    """The best and the worst response to each prompt, the first of equals; none where all rewards are equal.
+
+    Args:
+        experiences: `num_samples` of each prompt in turn.
+    """
+    scores = shaped_scores(experiences, flags).view(-1, flags.num_samples)
+    found = []
+    for g, row in enumerate(scores):
+        best, worst = int(row.argmax()), int(row.argmin())
+        if row[best] > row[worst]:
+            found.append((experiences[g * flags.num_samples + best], experiences[g * flags.num_samples + worst]))
+    return found
+
+
+def shaped_scores(experiences: list[Experience], flags: OnlineDPOFlags) -> Tensor:
+    """(N,) rewards of whole responses, those without EOS lowered by `--missing_eos_penalty`."""
+    scores = torch.tensor([e.score for e in experiences])
+    ended = torch.tensor([e.ended for e in experiences], dtype=torch.bool)
+    return score_missing_eos(scores, ended, mode="subtract", value=flags.missing_eos_penalty)
+
+
+def pack(pairs: list[Pair], rows: list[int]) -> tuple[Forest, list[int]]:
+    """The micro-batch of these pairs: trees of a prompt with its best and its worst response."""
+    return Forest(
+        [Tree.of(best.prompt, best.response, worst.response) for best, worst in (pairs[i] for i in rows)]
+    ), rows
+
+
+def ref_logps_of(pairs: list[Pair], forest: Forest, rows: list[int]) -> Tensor:
+    """(R,) log-probabilities of a micro-batch's targets under the reference, from when they were sampled."""
+    found = [e.ref_logps for i in rows for e in pairs[i]]
+    return torch.cat(found).to(forest.input_ids.device)
+
+
+def main(flags: OnlineDPOFlags) -> dict:
+    """Train; returns the last evaluation and the experiment folder."""
+    run = start_experiment(flags, "rlhf_online_dpo")
+    name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
+    sft = resolve(getattr(flags, name), name)
+    tokenizer = tokenizer_of(sft, flags)
+    prompts = run.load_prompts("train", tokenizer)
+    validation = run.load_prompts("validation", tokenizer)
+    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
+    if flags.reference:
+        roles.reference = load_policy(resolve(flags.reference, "reference"), flags, trainable=False)
+    rewards = load_rewards(
+        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
+    )
+    actor = run.setup(roles.actor)
+    if roles.reference is not None:
+        run.fabric.to_device(roles.reference)
+    optimizer = make_optimizer(roles.actor, flags, flags.learning_rate)
+    models, optimizers = {"model": roles.actor}, {"optimizer": optimizer}
+    if flags.ref_update_interval:
+        models["reference"] = MovingReference(run, roles.reference, roles.actor)
+    run.plan(len(prompts), what="prompts")
+    mini_batch = flags.mini_batch_size * run.world_size
+    run.say(
+        f"rlhf_online_dpo: {flags.num_samples} responses to each prompt, the best against the worst; at most "
+        f"{mini_batch} pairs an optimiser step; the reference is "
+        f"{(flags.reference or f'{sft}, as this run starts') if flags.uses_reference else 'none'}"
+        + (f", renewed every {flags.ref_update_interval} steps" if flags.ref_update_interval else "")
+    )
+    run.restore(models, optimizers)
+    run.open()
+
+    def assess() -> dict[str, float]:
+        log_sample(run, roles.actor, tokenizer)
+        if validation is None:
+            return {}
+        values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
+        run.log_samples(samples)
+        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        return values
+
+    warned = False
+    for step in run.steps(len(prompts)):
+        run.evaluate_if_due(assess)
+        run.save_if_due(models, optimizers, tokenizer)
+        began = time.perf_counter()
+        experiences = collect(
+            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=flags.num_samples
+        )
+        if run.step_index == 0:
+            own = replace(roles, reference=None) if flags.reference else roles
+            check_first_rollout(run, own, experiences, flags.temperature)
+        pairs = pairs_of(experiences, flags)
+        measure_samples(step, stack(experiences, flags.max_new_tokens))
+        step.metrics.put("train/shaped_score", shaped_scores(experiences, flags).mean().item())
+        step.metrics.put("train/pairs", len(pairs))
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+
+        reference = partial(ref_logps_of, pairs) if flags.uses_reference else None
+        tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
+        drop = run.metrics()
+        for epoch in range(flags.rollout_epochs):
+            seed = flags.seed + run.step_index
+            order = epoch_order(len(pairs), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
+            for start in range(0, len(order), mini_batch):
+                rows = order[start : start + mini_batch]
+                num_chosen_tokens = sum(len(pairs[i][0].response) for i in rows)
+                for forest, mine in step.micro_batches(partial(pack, pairs), actor, rows=rows, tokens=tokens):
+                    policy = partial(actor, temperature=flags.temperature)
+                    logps = pair_logps(flags, policy, reference, forest.to(run.device), mine)
+                    loss = pair_losses(flags, logps).sum() / len(rows)
+                    loss = loss + flags.chosen_nll_coef * chosen_nll(logps).sum() / max(1, num_chosen_tokens)
+                    step.backward(loss)
+                    step.metrics.add("train/loss", loss * len(rows) * step.weight, len(mine) * step.weight)
+                    measure_pairs(step.metrics, "train", flags, logps, step.weight)
+                    change = (logps.ref_sums - logps.policy_sums).detach()[0::2]
+                    drop.add("nats", change.sum() * step.weight, logps.lengths[0::2].sum() * step.weight)
+                    step.num_tokens += forest.num_tokens
+                step.update(optimizer, clip=flags.gradient_clip_val)
+        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+        lost = drop.reduce()["nats"] if pairs else 0.0
+        if flags.uses_reference and lost > flags.max_chosen_drop and not warned:
+            warned = True
+            run.say(
+                f"warning: the better responses of step {run.step_index} are {lost:.2f} nats a token below the "
+                f"reference; lower --learning_rate, raise --beta or set --sft_coef"
+            )
+        if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
+            models["reference"].update(flags.ref_mixup)
+    return run.finish(models, optimizers, tokenizer, assess)
+
+
+if __name__ == "__main__":
+    launch(main, OnlineDPOFlags)
