@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models.attention import TreeAttention, active_plan, attending
+from rlhf.models.attention import BranchAttention, KeepingAttention, TreeAttention, active_plan, attending
 from rlhf.trees.forest import Forest
 
 KEEP = "keep"
@@ -61,6 +61,33 @@ def packed_states(
             input_ids=forest.input_ids[None], position_ids=forest.positions[None], use_cache=False, return_dict=True
         )
     return output.last_hidden_state[0], plan
+
+
+@torch.no_grad()
+def states_beside(
+    model: PreTrainedModel | PeftModel, beside: Forest, forest: Forest, states: Tensor, kept: KeepingAttention
+) -> Tensor:
+    """(T', H) last hidden states of a forest whose roots went through the model in another one; without gradient.
+
+    Only the tokens below the roots are computed.
+
+    Args:
+        beside: T' packed tokens; tree by tree its roots are those of `forest`.
+        states, kept: (T, H) states of `forest`, and the plan that made them.
+
+    Raises:
+        ValueError: the roots differ in length.
+    """
+    roots, fresh, known = beside.root_index, beside.fresh_index, forest.root_index
+    if beside.root_lengths != forest.root_lengths:
+        raise ValueError("the trees of two forests that go side by side must have the same roots")
+    whole = states.new_empty(beside.num_tokens, states.shape[1])
+    whole[roots] = states.detach()[known]
+    with attending(BranchAttention(beside, kept.layers, known)):
+        ids, positions = beside.input_ids[fresh], beside.positions[fresh]
+        output = trunk_of(model)(input_ids=ids[None], position_ids=positions[None], use_cache=False, return_dict=True)
+    whole[fresh] = output.last_hidden_state[0]
+    return whole
 
 
 def padded_rows(forest: Forest) -> dict[str, Tensor]:

@@ -8,31 +8,33 @@ straight to their places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from rlhf.trees.forest import Forest
-from rlhf.trees.masks import Slices, dense_blocks
+from rlhf.trees.masks import Block, Slices
 
 KEPT_KEYS = 512
 """Attention weights over more keys than this are computed again in the backward pass instead of being kept."""
 
 
 def forest_attention(
-    forest: Forest, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scaling: float | None
+    blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None
 ) -> Tensor:
     """Tree attention without dropout or caps.
 
     Args:
+        blocks: of `dense_blocks` or `branch_blocks`. What they leave out of the queries is not computed: those rows of
+            the result hold anything.
         query: (1, heads, T, D); key: (1, kv_heads, T, D); value: (1, kv_heads, T, E), of one floating type.
-        window: sliding window, a distance in depth, or None.
         scaling: factor of the scores; 1 / sqrt(D) unless set.
 
     Returns:
         (1, T, heads, E), contiguous.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _ForestAttention.apply(query, key, value, dense_blocks(forest, window, query.dtype), scaling)
+    return _ForestAttention.apply(query, key, value, blocks, scaling)
 
 
 class _ForestAttention(torch.autograd.Function):
