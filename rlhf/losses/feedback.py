@@ -66,7 +66,8 @@ def kto_loss(
     Returns:
         (B,)
 
-    >>> policy, reference, labels = torch.tensor([-9.0, -9.0]), torch.tensor([-12.0, -12.0]), torch.tensor([True, False])
+    >>> labels = torch.tensor([True, False])
+    >>> policy, reference = torch.tensor([-9.0, -9.0]), torch.tensor([-12.0, -12.0])
     >>> kto_loss(policy, reference, labels, torch.tensor(1.0), beta=0.5)
     tensor([0.2689, 0.7311])
     """
@@ -100,7 +101,8 @@ def apo_zero_unpaired_loss(
     Returns:
         (B,)
 
-    >>> policy, reference, labels = torch.tensor([-9.0, -9.0]), torch.tensor([-11.0, -11.0]), torch.tensor([True, False])
+    >>> labels = torch.tensor([True, False])
+    >>> policy, reference = torch.tensor([-9.0, -9.0]), torch.tensor([-11.0, -11.0])
     >>> apo_zero_unpaired_loss(policy, reference, labels, beta=0.5)
     tensor([0.2689, 0.7311])
     """
@@ -126,7 +128,8 @@ def bco_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, delta: Ten
     Returns:
         (B,)
 
-    >>> policy, reference, labels = torch.tensor([-9.0, -9.0]), torch.tensor([-12.0, -12.0]), torch.tensor([True, False])
+    >>> labels = torch.tensor([True, False])
+    >>> policy, reference = torch.tensor([-9.0, -9.0]), torch.tensor([-12.0, -12.0])
     >>> bco_loss(policy, reference, labels, torch.tensor(0.5), beta=0.5)
     tensor([0.3133, 1.3133])
     """
