@@ -121,8 +121,9 @@ def test_the_experiment_folder_holds_exactly_this(lab, tmp_path, script, mode):
 
 @EVERY_SCRIPT
 def test_metrics_have_exactly_these_rows(lab, tmp_path, script):
-    """A line each logged step; evaluations before the first step, at their interval, and at the end."""
-    summary = run(script, lab, tmp_path, max_steps=5, eval_interval=3, log_interval=2)
+    """A line each logged step; evaluations before the first step, at their interval, and at the end. In file order,
+    in which good and bad responses take turns: every step has both."""
+    summary = run(script, lab, tmp_path, max_steps=5, eval_interval=3, log_interval=2, shuffle=False)
     step, evaluation = LOGGED[script]
     lines = metrics_of(tmp_path)
     evaluated = evaluation | {"perf/evaluation_seconds"}
