@@ -24,6 +24,8 @@ from rlhf.flags import parse
 from rlhf.rlhf_dpo import DPOFlags
 from rlhf.rlhf_dpo import main as dpo
 from rlhf.rlhf_evaluate import EvaluateFlags
+from rlhf.rlhf_kto import KTOFlags
+from rlhf.rlhf_kto import main as kto
 from rlhf.rlhf_ppo import PPOFlags
 from rlhf.rlhf_ppo import main as ppo
 from rlhf.rlhf_rm import RMFlags
@@ -40,6 +42,7 @@ SCRIPTS = {
     "rlhf/rlhf_rm.py": RMFlags,
     "rlhf/rlhf_ppo.py": PPOFlags,
     "rlhf/rlhf_dpo.py": DPOFlags,
+    "rlhf/rlhf_kto.py": KTOFlags,
     "rlhf/rlhf_evaluate.py": EvaluateFlags,
 }
 SHELL = ("hh", "tldr")
@@ -192,7 +195,7 @@ def loss_types(flags: type) -> tuple[str, ...]:
 
 def test_every_loss_type_and_every_loss_is_in_the_table():
     table = README.split("## Which loss is where")[1].split("\n## ")[0]
-    for script, flags in (("rm", RMFlags), ("dpo", DPOFlags)):
+    for script, flags in (("rm", RMFlags), ("dpo", DPOFlags), ("kto", KTOFlags)):
         for name in loss_types(flags):
             assert f"| `{name}` ({script}) |" in table
     listed = dict(re.findall(r"`(\w+_loss)`, `(rlhf/losses/\w+\.py)`", table))
@@ -207,7 +210,7 @@ def test_every_loss_type_and_every_loss_is_in_the_table():
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
-    """Every key of metrics.jsonl of tiny runs of the four scripts, with what is off by default switched on."""
+    """Every key of metrics.jsonl of tiny runs of the training scripts, with what is off by default switched on."""
     root = tmp_path_factory.mktemp("readme")
     data, model = make_data(root / "data"), make_model_dir(root / "model")
     reward = make_model_dir(root / "reward", scorer=True)
@@ -226,12 +229,14 @@ def logged(tmp_path_factory) -> set[str]:
         (sft, SFTFlags, {"model_name": model, **sampling}),
         (rm, RMFlags, {"model_name": model}),
         (dpo, DPOFlags, {"model_name": model, "sft_coef": 0.1, **sampling}),
+        (kto, KTOFlags, {"model_name": model, **sampling}),
+        (kto, KTOFlags, {"model_name": model, "loss_type": "bco", **sampling}),
         (ppo, PPOFlags, {"sft_experiment_dir": model, "rm_experiment_dir": reward, "rollout_size": 4, "ppo_epochs": 1,
                          "ptx_coef": 0.1, **sampling}),
     )  # fmt: skip
     keys: set[str] = set()
     for main, flags, changes in runs:
-        folder = root / flags.__name__
+        folder = root / f"{flags.__name__}-{changes.get('loss_type')}"
         main(flags(**{**settings, **changes, "experiment_dir": str(folder)}))
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             keys |= set(json.loads(line)) - {"step"}
