@@ -15,10 +15,11 @@ their mismatched pairs, BCO the rows themselves.
 
 Deviations: (1) the mean is over the rows of the step, all devices together, and so is z0; TRL takes z0 from each
 micro-batch. (2) A row that is alone in its step is paired with the response of the next row of the file. (3) delta is
-the mean over all rewards so far, each row once, as in TRL, and the step's own are in it; the paper's is the mean of the
-good responses' mean and the bad ones'. (4) BCO's density-ratio weights for bad responses (section 4.2, "underlying
-distribution matching") are left out: they need a classifier of prompts, and rows whose prompts differ by label.
-(5) Where all responses of a step, or of the data, are of one label, the loss is that label's alone.
+the mean over all rewards so far, each row once, as in TRL, and the step's own are in it; the paper's is the mean of
+the good responses' mean and the bad ones'. Where one label prevails it lies near that one's: read val/auc, not
+accuracy. (4) BCO's density-ratio weights for bad responses (section 4.2, "underlying distribution matching") are left
+out: they need a classifier of prompts, and rows whose prompts differ by label. (5) Where all responses of a step, or
+of the data, are of one label, the loss is that label's alone.
 
 CPU: python rlhf/rlhf_kto.py --data_dir=data/hh --sft_experiment_dir=experiments/runs/sft --max_steps=100
 GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_kto.py --data_dir=data/hh \
