@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Helpful and harmless dialogues (Anthropic/hh-rlhf): SFT, reward model, PPO, DPO, evaluation.
+# Helpful and harmless dialogues (Anthropic/hh-rlhf): SFT, reward model, PPO, DPO, KTO, evaluation.
 #     bash experiments/hh.sh
 #     MODEL=HuggingFaceTB/SmolLM2-360M DEVICES=8 bash experiments/hh.sh --micro_batch_size=16
 #     DATA=sample STAGES="prepare sft dpo" bash experiments/hh.sh --max_steps=20
@@ -10,7 +10,7 @@ NAME=hh
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M}
 source experiments/stages.sh
 
-for stage in finetune preference; do
+for stage in finetune preference feedback; do
     prepare helpful_harmless $stage --max_length=512 --max_prompt_length=384 --test_percentage=0.02 \
         --validation_percentage=0.02
 done
@@ -26,6 +26,9 @@ train ppo --sft_experiment_dir="$OUT/sft" --rm_experiment_dir="$OUT/rm" --rollou
     --init_kl_coeff=0.05 --eval_interval=50 --save_interval=100
 
 train dpo --sft_experiment_dir="$OUT/sft" --learning_rate=1e-6 --beta=0.1 --epochs=1 --mini_batch_size=32 \
+    --lr_warmup_steps=100 --eval_interval=500 --save_interval=1000
+
+train kto --sft_experiment_dir="$OUT/sft" --learning_rate=1e-6 --beta=0.1 --epochs=1 --mini_batch_size=64 \
     --lr_warmup_steps=100 --eval_interval=500 --save_interval=1000
 
 evaluate --num_prompts=256 --num_rows=1000 --num_seeds=3 --max_new_tokens=128

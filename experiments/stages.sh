@@ -4,15 +4,15 @@
 #     MODEL      hub id or folder of the pretrained model
 #     DATA       local file or folder in the schema of the data set, or the word sample; the hub unless set
 #     OUT        where everything goes (experiments/runs/NAME)
-#     STAGES     which stages to run (prepare sft rm ppo dpo evaluate)
+#     STAGES     which stages to run (prepare sft rm ppo dpo kto evaluate)
 #     DEVICES, ACCELERATOR     more than one device is launched by `fabric run` with DDP (1, auto)
-#     SFT_FLAGS, RM_FLAGS, PPO_FLAGS, DPO_FLAGS, EVALUATE_FLAGS     more flags for one stage
+#     SFT_FLAGS, RM_FLAGS, PPO_FLAGS, DPO_FLAGS, KTO_FLAGS, EVALUATE_FLAGS     more flags for one stage
 #     DRY_RUN    not empty: print the commands, run nothing
-# Flags of the command line go to all four training scripts, after their own: the last one counts.
+# Flags of the command line go to all training scripts, after their own: the last one counts.
 # A stage that has finished is passed over, and one that was interrupted goes on from its last checkpoint.
 
 OUT=${OUT:-experiments/runs/$NAME}
-STAGES=${STAGES:-prepare sft rm ppo dpo evaluate}
+STAGES=${STAGES:-prepare sft rm ppo dpo kto evaluate}
 DEVICES=${DEVICES:-1}
 ACCELERATOR=${ACCELERATOR:-auto}
 if [ -z "${DRY_RUN:-}" ]; then
@@ -52,11 +52,11 @@ train() {
     fi
 }
 
-# evaluate FLAGS...: base, SFT, PPO and DPO side by side.
+# evaluate FLAGS...: base, SFT, PPO, DPO and KTO side by side.
 evaluate() {
     [[ " $STAGES " == *" evaluate "* ]] || return 0
     run python rlhf/rlhf_evaluate.py --data_dir="$data" --models base="$MODEL" sft="$OUT/sft" ppo="$OUT/ppo" \
-        dpo="$OUT/dpo" --baseline=sft --rm_experiment_dir="$OUT/rm" --output="$OUT/evaluation.json" "$@" \
+        dpo="$OUT/dpo" kto="$OUT/kto" --baseline=sft --rm_experiment_dir="$OUT/rm" --output="$OUT/evaluation.json" "$@" \
         ${EVALUATE_FLAGS:-}
 }
 

@@ -24,6 +24,25 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def auc(scores: Tensor, labels: Tensor) -> float | None:
+    """Area under the ROC curve: how often a good row scores above a bad one, ties counting half.
+
+    Args:
+        scores: (N,); labels: (N,) bool, True for good.
+
+    Returns:
+        None where all labels are the same.
+
+    >>> auc(torch.tensor([3.0, 1.0, 1.0]), torch.tensor([True, True, False]))
+    0.75
+    """
+    good, bad = scores[labels], scores[~labels].sort().values
+    if not len(good) or not len(bad):
+        return None
+    below, not_above = (torch.searchsorted(bad, good, right=right).double().sum().item() for right in (False, True))
+    return (below + not_above) / (2 * len(good) * len(bad))
+
+
 def accuracy_of(correct: Tensor) -> dict[str, Any]:
     """`n`, `accuracy` and its 95 % `interval` of a (N,) bool tensor."""
     n, right = correct.numel(), int(correct.sum())

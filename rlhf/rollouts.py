@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from rlhf.models.attention import TreeAttention, attending
+from rlhf.models.attention import KeepingAttention, attending
 from rlhf.models.forward import trunk_of, unwrapped, using_adapter
 from rlhf.models.lean import LeanTrunk
 from rlhf.models.policy import Policy, logit_scale, logit_softcap
@@ -124,18 +124,6 @@ def generate(
     return Samples(response_ids, token_logps, ended)
 
 
-class _Prefill(TreeAttention):
-    """Tree attention that keeps every layer's keys and values."""
-
-    def __init__(self, forest: Forest) -> None:
-        super().__init__(forest)
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, layer, query, key, value, **options) -> Tensor:
-        self.layers[id(layer)] = (key[0], value[0])
-        return super().__call__(layer, query, key, value, **options)
-
-
 class _Decode:
     """One new token a row against buffers of keys and values, right-aligned so that all rows write one column.
 
@@ -143,7 +131,7 @@ class _Decode:
     of a buffer would be copied before every product. Row b's tokens stand in columns starts[b] .. length - 1.
     """
 
-    def __init__(self, prefill: _Prefill, lengths: list[int], num_samples: int) -> None:
+    def __init__(self, prefill: KeepingAttention, lengths: list[int], num_samples: int) -> None:
         self.length = max(lengths)
         device = prefill.forest.input_ids.device
         self.starts = torch.tensor([self.length - n for n in lengths for _ in range(num_samples)], device=device)
@@ -213,7 +201,7 @@ class _Decoder:
     def __call__(self, prompts: list[Tensor], sampling: Sampling, num_samples: int, sample_ids: list[int]) -> Samples:
         device = self.device
         forest = Forest([Tree.of(prompt) for prompt in prompts]).to(device)
-        prefill = _Prefill(forest)
+        prefill = KeepingAttention(forest)
         with attending(prefill):
             states = self.trunk(forest.input_ids[None], forest.positions[None])[0]
         states = states[forest.branch_last].repeat_interleave(num_samples, 0)

@@ -130,6 +130,66 @@ def dpo_numbers(
     }
 
 
+def kto_numbers(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    rows: list[Row],
+    *,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    earlier: list[float] | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of a KTO, APO-zero or BCO step, with a graph, and what the step logs; the reference runs online.
+
+    Args:
+        earlier: BCO's rewards of the steps before; those of this one are added.
+    """
+
+    def change(prompt: Row, response: Row) -> Tensor:
+        """Log-ratios of the tokens of one row's response to one row's prompt."""
+        n = prompt["prompt_len"]
+        ids = torch.cat([prompt["input_ids"][:n], response["input_ids"][response["prompt_len"] :]])
+        with torch.no_grad():
+            theirs = logps(reference, ids)[n - 1 :]
+        return logps(model, ids)[n - 1 :] - theirs
+
+    changes = [change(row, row) for row in rows]
+    rewards = [beta * c.sum() for c in changes]
+    numbers: dict[str, float] = {}
+    point = 0.0
+    if loss_type == "kto":
+        with torch.no_grad():
+            others = [change(row, rows[k - 1]).sum().item() for k, row in enumerate(rows)]
+        numbers["train/kl"] = max(0.0, sum(others) / len(others))
+        point = beta * numbers["train/kl"]
+    elif loss_type == "bco":
+        earlier = [] if earlier is None else earlier
+        earlier += [r.item() for r in rewards]
+        numbers["train/delta"] = point = sum(earlier) / len(earlier)
+    losses = []
+    for row, r in zip(rows, rewards, strict=True):
+        gain = r - point if row["label"] else point - r
+        if loss_type == "bco":
+            losses.append(-F.logsigmoid(gain))
+        else:
+            losses.append((desirable_weight if row["label"] else undesirable_weight) * (1 - torch.sigmoid(gain)))
+    loss, labels = torch.stack(losses).mean(), [row["label"] for row in rows]
+    numbers["train/loss"] = loss.item()
+    numbers["train/accuracy"] = sum((r.item() > point) == y for r, y in zip(rewards, labels, strict=True)) / len(rows)
+    for name, kind in (("chosen", True), ("rejected", False)):
+        those = [k for k, label in enumerate(labels) if label == kind]
+        numbers[f"train/num_{name}"] = len(those)
+        if those:
+            numbers[f"train/{name}_reward"] = sum(rewards[k].item() for k in those) / len(those)
+            moved = torch.cat([changes[k] for k in those])
+            numbers[f"train/{name}_logp_change_per_token"] = moved.mean().item()
+    if all(f"train/{name}_reward" in numbers for name in ("chosen", "rejected")):
+        numbers["train/margin"] = numbers["train/chosen_reward"] - numbers["train/rejected_reward"]
+    return loss, numbers
+
+
 def grad_norm(model: PreTrainedModel, loss: Tensor) -> float:
     """The global norm of the gradient of `loss`."""
     model.zero_grad()

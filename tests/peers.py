@@ -9,10 +9,11 @@ Where TRL 1.16.0 and the scripts differ, and what these runs do about it:
 2. Warm-up of W steps: `Trainer` begins at rate 0, the scripts at 1 / W of the peak. Both are given none.
 3. The head of a new reward model: N(0, 0.02) by transformers, N(0, 1 / (hidden + 1)) here. TRL is given the
    script's.
-4. Tokenisation: TRL's DPO trainer always tokenises text, and cuts where the tokens of the prompt and of the whole
-   part. Its preparation of the data is left out, so that it gets the rows of the split as they are.
-5. A step of several micro-batches: TRL's RM and DPO average the means of the micro-batches, the scripts take the mean
-   over the rows of the step. TRL is given one micro-batch a step.
+4. Tokenisation: TRL's DPO and KTO trainers always tokenise text, and cut where the tokens of the prompt and of the
+   whole part. DPO's preparation of the data is left out, so that it gets the rows of the split as they are; KTO's
+   pairs each prompt with another response, so it runs, on rows whose text is the list of their tokens.
+5. A step of several micro-batches: TRL's RM, DPO and KTO average the means of the micro-batches (KTO with a KL for
+   each), the scripts take the mean over the rows of the step. TRL is given one micro-batch a step.
 6. TRL's CPO and ORPO trainers tokenise text too: they are given the split's own rows in place of it. SimPO is CPO's
    trainer with a likelihood of weight 0.
 7. Dropout: TRL's SFT trainer leaves it as the model has it. It is given a model without.
@@ -34,7 +35,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlhf import rlhf_dpo, rlhf_rm, rlhf_sft
+from rlhf import rlhf_dpo, rlhf_kto, rlhf_rm, rlhf_sft
 from rlhf.data.splits import Split, load_split
 from rlhf.models.forward import padded_rows
 from rlhf.models.policy import Policy, Scorer
@@ -73,7 +74,9 @@ PAIRWISE: dict[Stage, dict[str, Any]] = {
     **REFERENCE_FREE,
 }
 """Stages of rlhf_dpo.py, and its flags."""
-STAGES: tuple[Stage, ...] = ("sft", "rm", "dpo", "ipo", *REFERENCE_FREE)
+FEEDBACK: tuple[Stage, ...] = ("kto", "apo_zero_unpaired")
+"""Stages on single responses; the name is the --loss_type on both sides."""
+STAGES: tuple[Stage, ...] = ("sft", "rm", "dpo", "ipo", *FEEDBACK, *REFERENCE_FREE)
 MORE_STAGES: tuple[Stage, ...] = tuple(stage for stage in PAIRWISE if stage not in STAGES)
 
 
@@ -171,6 +174,8 @@ def train_here(comparison: Comparison) -> Trajectory:
         elif c.stage == "rm":
             with mock.patch.object(rlhf_rm, "load_scorer", _saving(rlhf_rm.load_scorer, c.work / "start")):
                 rlhf_rm.main(rlhf_rm.RMFlags(**flags, loss_type="last_token"))
+        elif c.stage in FEEDBACK:
+            rlhf_kto.main(rlhf_kto.KTOFlags(**flags, loss_type=c.stage, beta=c.beta, max_new_tokens=1))
         else:
             rlhf_dpo.main(rlhf_dpo.DPOFlags(**flags, **PAIRWISE[c.stage], max_new_tokens=1))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -251,7 +256,7 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
         "report_to": "none",
         "disable_tqdm": True,
     }
-    split = load_split(c.data, "finetune" if c.stage == "sft" else "preference", "train")
+    split = load_split(c.data, data_stage_of(c.stage), "train")
 
     def language_model():
         return AutoModelForCausalLM.from_pretrained(c.model, dtype=torch.float32)
@@ -268,6 +273,9 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
     elif c.stage in REFERENCE_FREE:
         model, options = language_model(), {}
         trainer_class, args = reference_free_trainer(c.stage, settings)
+    elif c.stage in FEEDBACK:
+        model, options = language_model(), {"ref_model": language_model()}
+        trainer_class, args = trl.KTOTrainer, trl.KTOConfig(**settings, loss_type=c.stage, beta=c.beta)
     else:
         model, options = language_model(), {"ref_model": language_model()}
         trainer_class, args = trl.DPOTrainer, trl.DPOConfig(**settings, **trl_options(PAIRWISE[c.stage]))
@@ -276,7 +284,12 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
         """The trainer, noting what comes to its model and what loss goes out."""
 
         def _prepare_dataset(self, dataset, *rest):
-            return dataset if trainer_class is trl.DPOTrainer else super()._prepare_dataset(dataset, *rest)
+            if trainer_class is trl.DPOTrainer:
+                return dataset
+            if trainer_class is trl.KTOTrainer:
+                with mock.patch("trl.trainer.kto_trainer._tokenize", _tokens_of_text):
+                    return super()._prepare_dataset(dataset, *rest)
+            return super()._prepare_dataset(dataset, *rest)
 
         def tokenize_row(self, feature, *rest):  # of the CPO and ORPO trainers
             return tokenized(split[feature["row"]])
@@ -286,7 +299,7 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
                 rows = [row for side in ("chosen", "rejected") for row in _real_tokens(inputs, f"{side}_")]
             else:
                 rows = _real_tokens(inputs)
-            if c.stage != "sft":  # chosen rows, then rejected ones: the order here is pair by pair
+            if c.stage not in ("sft", *FEEDBACK):  # chosen rows, then rejected ones: the order here is pair by pair
                 half = len(rows) // 2
                 rows = [row for pair in zip(rows[:half], rows[half:], strict=True) for row in pair]
             trajectory.rows.extend(rows)
@@ -297,7 +310,7 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
     trainer = Watched(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(rows_for_trl(split, c)),
+        train_dataset=Dataset.from_list(rows_for_trl(split, c, tokenizer.eos_token)),
         processing_class=tokenizer,
         **options,
     )
@@ -305,14 +318,29 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
     return trajectory
 
 
-def rows_for_trl(split: Split, comparison: Comparison) -> list[dict[str, Any]]:
-    """The rows of a split under the names that TRL's trainers have for token ids."""
+def data_stage_of(stage: Stage) -> str:
+    """The stage of the data that a comparison trains on."""
+    return {"sft": "finetune", **dict.fromkeys(FEEDBACK, "feedback")}.get(stage, "preference")
+
+
+def _tokens_of_text(tokenizer, text: str, **_) -> dict[str, list[int]]:
+    return {"input_ids": [int(word) for word in text.removesuffix(tokenizer.eos_token).split()]}
+
+
+def rows_for_trl(split: Split, comparison: Comparison, eos_token: str = "") -> list[dict[str, Any]]:
+    """The rows of a split under the names that TRL's trainers have for token ids; for KTO as text of their numbers."""
     if comparison.stage == "sft":
         labels = "targets" if comparison.use_targets else "input_ids"
         return [{"input_ids": row["input_ids"].tolist(), "labels": row[labels].tolist()} for row in split]
     if comparison.stage in REFERENCE_FREE:  # text that is passed over, and the row that takes its place
         return [{"prompt": "", "chosen": "", "rejected": "", "row": i} for i in range(len(split))]
     rows = []
+    if comparison.stage in FEEDBACK:
+        for row in split:
+            n, words = row["prompt_len"], [str(token) for token in row["input_ids"].tolist()]
+            prompt, completion = " ".join(words[:n]) + " ", " ".join(words[n:]) + eos_token
+            rows.append({"prompt": prompt, "completion": completion, "label": row["label"]})
+        return rows
     for row in split:
         n = 0 if comparison.stage == "rm" else row["prompt_len"]
         chosen, rejected = row["chosen_input_ids"].tolist(), row["rejected_input_ids"].tolist()

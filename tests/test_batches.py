@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from rlhf.trees.batches import cut, epoch_order, num_steps, rows_of_rank, rows_of_step
+from rlhf.trees.batches import cut, epoch_order, mismatched, num_steps, rows_of_rank, rows_of_step
 from rlhf.trees.forest import Forest
-from rlhf.trees.rows import finetune_tree, first_difference, halves, pair_tokens, pair_tree
+from rlhf.trees.rows import feedback_tree, finetune_tree, first_difference, halves, pair_tokens, pair_tree
 
 
 def log_normal_lengths(num: int = 400, seed: int = 0) -> torch.Tensor:
@@ -31,6 +31,21 @@ def test_c39_batches_by_tokens_are_full():
 
 def test_c39_a_row_over_the_budget_goes_alone():
     assert cut([0, 1, 2], micro_batch_size=1, micro_batch_tokens=5, tokens=torch.tensor([9, 2, 3])) == [[0], [2, 1]]
+
+
+def test_a_row_is_paired_with_the_one_before_it_in_its_step():
+    """The first with the last; a lone row with the next of the split, around its end."""
+    assert mismatched([4, 0, 9], 10) == [9, 4, 0]
+    assert mismatched(range(3), 10) == [2, 0, 1]
+    assert (mismatched([3], 10), mismatched([9], 10)) == ([4], [0])
+
+
+def test_a_feedback_row_is_a_prompt_with_one_branch():
+    """Its own response, or that of a row whose prompt has another length."""
+    row = {"prompt_len": 2, "input_ids": torch.tensor([1, 2, 3]), "label": True}
+    other = {"prompt_len": 1, "input_ids": torch.tensor([7, 8, 9]), "label": False}
+    assert [s.tolist() for s in feedback_tree(row).segments] == [[1, 2], [3]]
+    assert [s.tolist() for s in feedback_tree(row, other).segments] == [[1, 2], [8, 9]]
 
 
 def test_c39_order_is_seeded_and_depends_on_nothing_else():

@@ -16,6 +16,7 @@ from rlhf import flags as flags_module
 from rlhf.errors import UserError
 from rlhf.flags import BatchFlags, DataFlags, ModelFlags, RunFlags, check_positive, launch, parse
 from rlhf.rlhf_dpo import DPOFlags
+from rlhf.rlhf_kto import KTOFlags
 from rlhf.rlhf_rm import RMFlags
 from rlhf.rlhf_sft import SFTFlags
 
@@ -43,6 +44,9 @@ FROZEN = {
     | _names("sft_experiment_dir reference loss_type beta label_smoothing reference_free sft_coef max_chosen_drop")
     | _names("loss_weights f_divergence f_divergence_alpha length_normalize ld_alpha wpo_weighting discopop_tau")
     | _names("cpo_alpha simpo_gamma orpo_lambda ref_update_interval ref_mixup"),
+    KTOFlags: SHARED
+    | GENERATION
+    | _names("sft_experiment_dir reference loss_type beta desirable_weight undesirable_weight max_chosen_drop"),
 }
 """The names that users have in their shell scripts. Adding one is fine; renaming or removing one breaks them."""
 

@@ -48,6 +48,7 @@ ADVANTAGES = "tests/test_advantages.py::"
 SCHEDULES = "tests/test_schedules.py::"
 REWARD = "tests/test_losses_reward.py::"
 PREFERENCE = "tests/test_losses_preference.py::"
+FEEDBACK = "tests/test_losses_feedback.py::"
 POLICY = "tests/test_losses_policy_gradient.py::"
 
 MUTANTS = [
@@ -273,6 +274,62 @@ MUTANTS = [
         "1.0 - beta * margin",
         "1.0 + beta * margin",
         (PREFERENCE + "test_hinge_by_hand",),
+    ),
+    # KTO and BCO: labels turned, a KL that may be negative or isn't in nats, weights exchanged, delta's sign, a missing
+    # detach.
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "torch.where(labels, -gain, gain)",
+        "torch.where(labels, gain, -gain)",
+        (FEEDBACK + "test_kto_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "beta * (policy_logps - ref_logps - kl.detach())",
+        "beta * (policy_logps - ref_logps) - kl.detach()",
+        (FEEDBACK + "test_kto_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "ref_logps - kl.detach()",
+        "ref_logps - kl",
+        (FEEDBACK + "test_the_point_of_reference_carries_no_gradient",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "torch.where(labels, desirable_weight, undesirable_weight)",
+        "torch.where(labels, undesirable_weight, desirable_weight)",
+        (FEEDBACK + "test_apo_zero_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        ".mean().clamp(min=0)",
+        ".mean()",
+        (FEEDBACK + "test_kl_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "mismatched_log_ratios.detach()",
+        "mismatched_log_ratios",
+        (FEEDBACK + "test_kl_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "(policy_logps - ref_logps) - delta.detach()",
+        "(policy_logps - ref_logps) + delta.detach()",
+        (FEEDBACK + "test_bco_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/feedback.py",
+        "torch.where(labels, shifted, -shifted)",
+        "torch.where(labels, -shifted, shifted)",
+        (FEEDBACK + "test_descent_raises_the_good_and_lowers_the_bad",),
+    ),
+    Mutant(
+        "rlhf/reports.py",
+        "(below + not_above) / (2 * len(good) * len(bad))",
+        "(below + below) / (2 * len(good) * len(bad))",
+        ("tests/test_reports.py::test_auc_by_hand",),
     ),
     # PPO: the ratio upside down, half a clip, a clip around 0, a sign, a gradient through a metric.
     Mutant(

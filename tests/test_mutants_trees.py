@@ -12,6 +12,7 @@ FOREST = "tests/test_forest.py::"
 MASKS = "tests/test_masks.py::"
 BATCHES = "tests/test_batches.py::"
 LOGPS = "tests/test_logps.py::"
+TREES = "tests/test_tree_forward.py::"
 
 MUTANTS = [
     # Packing: a predecessor across branches, a subtree cut short, two levels only, a token that nothing predicts, a
@@ -132,6 +133,32 @@ MUTANTS = [
         'row["targets"] != IGNORE_INDEX',
         'row["targets"] == IGNORE_INDEX',
         (BATCHES + "test_c10_turns_that_are_not_targets_do_not_count",),
+    ),
+    # Feedback: a row with its own response, the other row's prompt length. Branches beside: a prompt's own queries,
+    # keys at another place.
+    Mutant(
+        "rlhf/trees/batches.py",
+        "[*rows[-1:], *rows[:-1]]",
+        "[*rows]",
+        (BATCHES + "test_a_row_is_paired_with_the_one_before_it_in_its_step",),
+    ),
+    Mutant(
+        "rlhf/trees/rows.py",
+        'other["input_ids"][other["prompt_len"] :]',
+        'other["input_ids"][n:]',
+        (BATCHES + "test_a_feedback_row_is_a_prompt_with_one_branch",),
+    ),
+    Mutant(
+        "rlhf/models/attention.py",
+        "whole[0, :, self.roots] = known[:, self.known]",
+        "whole[0, :, self.roots] = known[:, self.roots]",
+        (TREES + "test_branches_beside_are_those_of_a_pass_of_their_own[llama-branched]",),
+    ),
+    Mutant(
+        "rlhf/models/forward.py",
+        "whole[roots] = states.detach()[known]",
+        "whole[roots] = 0",
+        (TREES + "test_branches_beside_are_those_of_a_pass_of_their_own[llama-branched]",),
     ),
     # Log-probabilities: signs, a scale or a cap without its derivative, the last chunk alone.
     Mutant(

@@ -1,4 +1,4 @@
-"""Whole trajectories of SFT, RM, DPO and its relatives against TRL 1.16.0, step by step; tests/peers.py names the
+"""Whole trajectories of SFT, RM, KTO, DPO and its relatives against TRL 1.16.0, step by step; tests/peers.py names the
 deviations.
 
 Rows of very unequal lengths in file order, 14 of them by fours, so that each of the 5 epochs ends in a step of two.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.peers import STAGES, Comparison, Trajectory, compare, require_trl
-from tests.splits import make_data, make_model_dir
+from tests.splits import make_data, make_model_dir, metrics_of
 
 TOLERANCE = 1e-4
 
@@ -33,6 +33,8 @@ def test_twenty_steps_in_trl(stage, tmp_path):
     data, model = make_data(tmp_path / "data", num_validation=0), make_model_dir(tmp_path / "model", "llama")
 
     agree(*compare(Comparison(stage=stage, model=model, data=data, work=tmp_path, learning_rate=1e-3)))
+    if stage == "kto":
+        assert sum(line["train/kl"] > 0.1 for line in metrics_of(tmp_path / "kto-here") if "train/kl" in line) >= 5
 
 
 @pytest.mark.parametrize(

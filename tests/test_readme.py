@@ -25,6 +25,8 @@ from rlhf.pairwise import LOSS_TYPES
 from rlhf.rlhf_dpo import DPOFlags
 from rlhf.rlhf_dpo import main as dpo
 from rlhf.rlhf_evaluate import EvaluateFlags
+from rlhf.rlhf_kto import KTOFlags
+from rlhf.rlhf_kto import main as kto
 from rlhf.rlhf_ppo import PPOFlags
 from rlhf.rlhf_ppo import main as ppo
 from rlhf.rlhf_rm import RMFlags
@@ -41,6 +43,7 @@ SCRIPTS = {
     "rlhf/rlhf_rm.py": RMFlags,
     "rlhf/rlhf_ppo.py": PPOFlags,
     "rlhf/rlhf_dpo.py": DPOFlags,
+    "rlhf/rlhf_kto.py": KTOFlags,
     "rlhf/rlhf_evaluate.py": EvaluateFlags,
 }
 SHELL = ("hh", "tldr")
@@ -195,7 +198,7 @@ def loss_types(flags: type) -> tuple[str, ...]:
 
 def test_every_loss_type_and_every_loss_is_in_the_table():
     table = README.split("## Which loss is where")[1].split("\n## ")[0]
-    for script, flags in (("rm", RMFlags), ("dpo", DPOFlags)):
+    for script, flags in (("rm", RMFlags), ("dpo", DPOFlags), ("kto", KTOFlags)):
         for name in loss_types(flags):
             assert f"| `{name}` ({script}) |" in table
     listed = dict(re.findall(r"`(\w+_loss)`, `(rlhf/losses/\w+\.py)`", table))
@@ -230,6 +233,8 @@ def logged(tmp_path_factory) -> set[str]:
         (rm, RMFlags, {"model_name": model}),
         (dpo, DPOFlags, {"model_name": model, "sft_coef": 0.1, "wpo_weighting": True, **sampling}),
         (dpo, DPOFlags, {"model_name": model, "loss_type": ["orpo"], **sampling}),
+        (kto, KTOFlags, {"model_name": model, **sampling}),
+        (kto, KTOFlags, {"model_name": model, "loss_type": "bco", **sampling}),
         (ppo, PPOFlags, {"sft_experiment_dir": model, "rm_experiment_dir": reward, "rollout_size": 4, "ppo_epochs": 1,
                          "ptx_coef": 0.1, **sampling}),
     )  # fmt: skip

@@ -8,7 +8,21 @@ import math
 import pytest
 import torch
 
-from rlhf.reports import accuracy_of, interval_of, paired_p_value, preference_report, wilson_interval
+from rlhf.reports import accuracy_of, auc, interval_of, paired_p_value, preference_report, wilson_interval
+
+
+def test_auc_by_hand():
+    """Good 3, 1, 1 and bad 2, 1: of six pairs the first good wins two, the others tie one each and lose one: 3 / 6.
+
+    Turning the labels round gives the rest to 1; equal scores 1/2; one label alone nothing.
+    """
+    scores, labels = torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0]), torch.tensor([True, False, True, True, False])
+    assert auc(scores, labels) == 3 / 6
+    assert auc(scores, ~labels) == 3 / 6
+    assert auc(torch.tensor([3.0, 2.0, 2.0]), torch.tensor([True, False, True])) == 3 / 4
+    assert auc(torch.tensor([3.0, 2.0, 2.0]), torch.tensor([False, True, False])) == 1 / 4
+    assert auc(torch.ones(5), labels) == 1 / 2
+    assert auc(scores, torch.ones(5, dtype=torch.bool)) is None
 
 
 def report_of(chosen, rejected, *, chosen_lens=None, rejected_lens=None, prompt_lens=None, batch_size=2) -> dict:

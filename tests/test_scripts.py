@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from rlhf import flags as flags_module
-from rlhf import rlhf_dpo, rlhf_rm, rlhf_sft
+from rlhf import rlhf_dpo, rlhf_kto, rlhf_rm, rlhf_sft
 from rlhf.data.splits import load_split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Step
@@ -33,6 +33,7 @@ SCRIPTS = {
     "sft": (rlhf_sft.main, rlhf_sft.SFTFlags),
     "rm": (rlhf_rm.main, rlhf_rm.RMFlags),
     "dpo": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
+    "kto": (rlhf_kto.main, rlhf_kto.KTOFlags),
 }
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -52,6 +53,11 @@ LOGGED = {
     "dpo": (
         STEP | PAIRS | {f"train/{name}" for name in CHANGES} | {"train/chosen_nll"},
         {"val/loss", "val/accuracy", "val/margin", "val/kl_k3_per_token"} | {f"val/{name}" for name in CHANGES},
+    ),
+    "kto": (
+        STEP | PAIRS | {f"train/{name}" for name in CHANGES} | {"train/kl", "train/num_chosen", "train/num_rejected"},
+        {"val/loss", "val/accuracy", "val/margin", "val/kl_k3_per_token", "val/kl", "val/auc"}
+        | {f"val/{name}" for name in CHANGES},
     ),
 }
 """What each script logs at a step, and at an evaluation."""
@@ -115,8 +121,9 @@ def test_the_experiment_folder_holds_exactly_this(lab, tmp_path, script, mode):
 
 @EVERY_SCRIPT
 def test_metrics_have_exactly_these_rows(lab, tmp_path, script):
-    """A line each logged step; evaluations before the first step, at their interval, and at the end."""
-    summary = run(script, lab, tmp_path, max_steps=5, eval_interval=3, log_interval=2)
+    """A line each logged step; evaluations before the first step, at their interval, and at the end. In file order,
+    in which good and bad responses take turns: every step has both."""
+    summary = run(script, lab, tmp_path, max_steps=5, eval_interval=3, log_interval=2, shuffle=False)
     step, evaluation = LOGGED[script]
     lines = metrics_of(tmp_path)
     evaluated = evaluation | {"perf/evaluation_seconds"}
@@ -269,6 +276,8 @@ def test_final_gives_our_numbers_with_nothing_of_ours(lab, tmp_path, script, mod
             _, found = offline.sft_numbers(model, validation_rows(lab, "finetune"))
         elif script == "rm":
             _, found = offline.rm_numbers(model, validation_rows(lab, "preference"), "last_token")
+        elif script == "kto":
+            _, found = offline.kto_numbers(model, offline.causal(lab["llama"]), validation_rows(lab, "feedback"))
         else:
             rows = validation_rows(lab, "preference")
             _, found = offline.dpo_numbers(model, offline.causal(lab["llama"]), rows)
@@ -334,6 +343,10 @@ MISTAKES = [
     ("rm", {"finetune_mode": "lora", "lora_targets": ["nothing"]}, "--lora_targets=['nothing']"),
     ("rm", {"resume": True}, "holds no whole checkpoint"),
     ("rm", {"data_dir": "{other}"}, "was tokenised by 'tiny'"),
+    ("kto", {"beta": 0.0}, "--beta=0.0 must be above 0"),
+    ("kto", {"desirable_weight": -1.0}, "--desirable_weight=-1.0 must not be below 0"),
+    ("kto", {"loss_type": "bco", "undesirable_weight": 2.0}, "--undesirable_weight has no meaning with"),
+    ("kto", {"data_dir": "{single}"}, "feedback_train.pt has 1 row"),
 ]  # fmt: skip
 
 
@@ -343,7 +356,7 @@ def test_a_mistake_is_one_sentence_status_2_and_nothing_written(
 ):
     """DESIGN.md section 11; C7: the tokenizer of the data is not the model's."""
     other = make_data(tmp_path / "other", make_tokenizer(bos=True, pad_is_eos=False), num_train=3, num_validation=1)
-    known = {**lab, "other": other}
+    known = {**lab, "other": other, "single": make_data(tmp_path / "single", num_train=1, num_validation=0)}
     wrong = {name: value.format(**known) if isinstance(value, str) else value for name, value in wrong.items()}
     main, flags_class = SCRIPTS[script]
     good = {"data_dir": lab["data"], "model_name": lab["llama"], "experiment_dir": str(tmp_path / "run")}
@@ -378,10 +391,10 @@ def test_resuming_with_another_rate_is_refused(lab, tmp_path):
 
 
 def test_a_later_stage_takes_an_earlier_one_by_its_folder(lab, tmp_path):
-    """SFT -> RM and DPO by --sft_experiment_dir; the tokenizer comes along."""
+    """SFT -> RM, DPO and KTO by --sft_experiment_dir; the tokenizer comes along."""
     run("sft", lab, tmp_path / "sft")
     given = json.loads((Path(lab["llama"]) / "tokenizer.json").read_text())
-    for script in ("rm", "dpo"):
+    for script in ("rm", "dpo", "kto"):
         summary = run(script, lab, tmp_path / script, model_name=None, sft_experiment_dir=str(tmp_path / "sft"))
         assert summary["steps"] == 2
         saved = json.loads((tmp_path / script / "final" / "tokenizer.json").read_text())

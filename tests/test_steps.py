@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf import rlhf_dpo, rlhf_rm, rlhf_sft
+from rlhf import rlhf_dpo, rlhf_kto, rlhf_rm, rlhf_sft
 from rlhf.data.splits import load_split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Step
@@ -26,7 +26,9 @@ SCRIPTS: dict[str, tuple[Callable, type]] = {
     "sft": (rlhf_sft.main, rlhf_sft.SFTFlags),
     "rm": (rlhf_rm.main, rlhf_rm.RMFlags),
     "dpo": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
+    "kto": (rlhf_kto.main, rlhf_kto.KTOFlags),
 }
+STAGE = {"sft": "finetune", "rm": "preference", "dpo": "preference", "kto": "feedback"}
 CUTS = {
     "1": {"micro_batch_size": 1},
     "2": {"micro_batch_size": 2},
@@ -91,7 +93,7 @@ def test_c3_l5_gradients_do_not_depend_on_the_cut(lab, tmp_path, script):
 
 def rows_of(lab: dict[str, str], script: str, step: int, size: int) -> list[dict]:
     """The rows of a step of a run in file order."""
-    split = load_split(lab["data"], "finetune" if script == "sft" else "preference", "train")
+    split = load_split(lab["data"], STAGE[script], "train")
     first = (step - 1) % math.ceil(NUM_TRAIN / size) * size
     return [split[i] for i in range(first, min(first + size, NUM_TRAIN))]
 
@@ -106,6 +108,11 @@ VARIANTS = {
     "dpo-ipo": ("dpo", {"loss_type": "ipo", "beta": 0.2}, {}),
     "dpo-hinge": ("dpo", {"loss_type": "hinge", "beta": 0.2}, {}),
     "dpo-free": ("dpo", {"beta": 0.3}, {"reference_free": True}),
+    "kto": ("kto", {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}, {}),
+    "kto-cut": ("kto", {}, {}),
+    "kto-apo": ("kto", {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.5}, {}),
+    "kto-bco": ("kto", {"loss_type": "bco", "beta": 0.2}, {}),
+    "kto-bco-cut": ("kto", {"loss_type": "bco"}, {}),
 }
 
 
@@ -126,6 +133,7 @@ def test_c20_every_logged_number_is_that_of_the_whole_step(lab, tmp_path, varian
     lines = {line["step"]: line for line in metrics_of(tmp_path) if "train/loss" in line}
     assert list(lines) == [1, 2, 3]
     reference = None if more else offline.causal(lab["gpt2"])
+    earlier = {"earlier": []} if options.get("loss_type") == "bco" else {}
     for step, line in lines.items():
         if script == "rm" and step == 1:
             continue  # its head was drawn by the run, and is first saved after the step
@@ -134,6 +142,12 @@ def test_c20_every_logged_number_is_that_of_the_whole_step(lab, tmp_path, varian
             model = offline.causal(folder)
             loss, expected = offline.sft_numbers(model, rows, **options)
             tokens = sum(len(row["input_ids"]) for row in rows)
+        elif script == "kto":
+            model = offline.causal(folder)
+            loss, expected = offline.kto_numbers(model, reference, rows, **options, **earlier)
+            tokens = sum(len(row["input_ids"]) for row in rows)
+            if "train/kl" in expected:
+                tokens += sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
         else:
             tokens = sum(
                 len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) - row["prompt_len"] for row in rows
@@ -147,7 +161,7 @@ def test_c20_every_logged_number_is_that_of_the_whole_step(lab, tmp_path, varian
         expected["train/grad_norm"] = offline.grad_norm(model, loss)
         expected["train/learning_rate"] = 1e-3 * (1 - (step - 1) / 3)
         measured = {name: value for name, value in line.items() if name.startswith("train/")}
-        if script == "dpo" and step == 1 and not more:
+        if script in ("dpo", "kto") and step == 1 and not more:
             # The policy is the reference: rounding alone says which of two equal rewards is the larger.
             expected["train/accuracy"] = measured["train/accuracy"]
         assert measured == pytest.approx(expected, rel=2e-5, abs=2e-5)

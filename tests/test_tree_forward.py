@@ -94,6 +94,54 @@ def test_c5_tree_forward_is_the_plain_forward(monkeypatch, architecture, shape, 
     assert_close_gradients(gradients(policy.model), gradients(plain))
 
 
+def beside_of(trees: list[Tree]) -> list[Tree]:
+    """Other branches on the same roots: one of 6 tokens for each, and a second, forked one for every other tree."""
+    found = []
+    for n, tree in enumerate(trees):
+        segments, parents = [tree.segments[0], ids(6, 50 + n)], [-1, 0]
+        if n % 2:
+            segments, parents = [*segments, ids(2, 60 + n), ids(3, 70 + n), ids(1, 80 + n)], [-1, 0, 0, 2, 2]
+        found.append(Tree(segments, parents))
+    return found
+
+
+@pytest.mark.parametrize("shape", FORESTS)
+@pytest.mark.parametrize("architecture", [*TREES, "gptj", "bloom"])
+def test_branches_beside_are_those_of_a_pass_of_their_own(architecture, shape):
+    """Values as in a forest of their own to 1e-5, no gradient through them, and the others' gradient unchanged."""
+    policy = policy_of(architecture)
+    forest, beside = Forest(FORESTS[shape]), Forest(beside_of(FORESTS[shape]))
+    logps, entropies = policy(forest, beside=beside, entropy=True)
+    own, other = logps.split([forest.num_targets, beside.num_targets])
+    with torch.no_grad():
+        expected, expected_entropies = policy(beside, entropy=True)
+    torch.testing.assert_close(other, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies[forest.num_targets :], expected_entropies, rtol=0, atol=1e-5)
+    (weighted(per_path(forest, own)) + other.sum()).backward()
+    found = gradients(policy.model)
+    policy.zero_grad()
+    weighted(per_path(forest, policy(forest)[0])).backward()
+    assert_close_gradients(found, gradients(policy.model), relative=1e-6)
+
+
+def test_branches_beside_run_no_prompt_again():
+    """A prompt of 6 with a branch of 3, and beside it one of 4: 9 rows of every linear layer, then 4; also where the
+    backward pass computes the first 9 again. Prompts of other lengths are refused."""
+    forest, beside = Forest([Tree.of(ids(6, 0), ids(3, 1))]), Forest([Tree.of(ids(6, 0), ids(4, 2))])
+    for checkpointing, again in ((False, []), (True, [9])):
+        policy, seen = policy_of("llama"), []
+        policy.train()
+        if checkpointing:
+            enable_checkpointing(policy.model)
+        policy.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(len(args[0][0]))
+        )
+        policy(forest, beside=beside)[0].sum().backward()
+        assert seen == [9, 4, *again]
+    with pytest.raises(ValueError, match="same roots"):
+        policy(forest, beside=Forest([Tree.of(ids(5, 0), ids(4, 2))]))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "cohere", "gptj"])
 def test_p5_temperature_and_entropy_are_of_the_full_logits(architecture):
     """P5: logits are divided by the temperature after the model's own cap and scale; entropies likewise."""

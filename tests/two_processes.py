@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from rlhf import rlhf_dpo, rlhf_rm, rlhf_sft
+from rlhf import rlhf_dpo, rlhf_kto, rlhf_rm, rlhf_sft
 from rlhf.experiment.run import Step
 
 SCRIPTS = {
     "sft": (rlhf_sft.main, rlhf_sft.SFTFlags),
     "rm": (rlhf_rm.main, rlhf_rm.RMFlags),
     "dpo": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
+    "kto": (rlhf_kto.main, rlhf_kto.KTOFlags),
 }
 
 

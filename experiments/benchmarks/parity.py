@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data_prep.helpful_harmless import prepare_data
 from rlhf.errors import UserError
 from rlhf.flags import check_positive, launch
-from tests.peers import MORE_STAGES, STAGES, Comparison, Trajectory, train_here, train_in_trl
+from tests.peers import MORE_STAGES, STAGES, Comparison, Trajectory, data_stage_of, train_here, train_in_trl
 
 
 @dataclass(kw_only=True)
@@ -34,8 +34,9 @@ class ParityFlags:
     data_file: str = "sample"
     """Pairs of dialogues (`chosen`, `rejected`), as data_prep/helpful_harmless/prepare_data.py reads them."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """Which of sft, rm, dpo, ipo, orpo, cpo and simpo; and robust, hinge, exo_pair, discopop, bco_pair, nca_pair,
-    apo_zero, apo_down, sppo_hard, aot, aot_unpaired, mpo, ld_dpo, ln_dpo, js_dpo, wpo, tr_dpo (tests/peers.py)."""
+    """Which of sft, rm, dpo, ipo, kto, apo_zero_unpaired, orpo, cpo and simpo; and robust, hinge, exo_pair, discopop,
+    bco_pair, nca_pair, apo_zero, apo_down, sppo_hard, aot, aot_unpaired, mpo, ld_dpo, ln_dpo, js_dpo, wpo, tr_dpo
+    (tests/peers.py)."""
     steps: int = 20
     """Optimiser steps."""
     batch: int = 4
@@ -51,8 +52,8 @@ class ParityFlags:
 
 
 def prepare(flags: ParityFlags, data: Path) -> None:
-    """The training splits of the two stages of data, in the order of the file."""
-    for stage in ("finetune", "preference"):
+    """The training splits of the stages of data that are needed, in the order of the file."""
+    for stage in sorted(set(map(data_stage_of, flags.stages))):
         prepare_data.main(
             prepare_data.PrepareFlags(
                 destination_dir=str(data),
@@ -122,9 +123,9 @@ def main(flags: ParityFlags) -> dict[str, Any]:
     finally:
         if flags.work_dir is None:
             shutil.rmtree(work)
-    print(f"\n{'stage':<12} largest difference over {flags.steps} steps")
+    print(f"\n{'stage':<18} largest difference over {flags.steps} steps")
     for stage, gap in gaps.items():
-        print(f"{stage:<12} {gap:.1e}{'' if gap <= flags.tolerance else '  above the tolerance'}")
+        print(f"{stage:<18} {gap:.1e}{'' if gap <= flags.tolerance else '  above the tolerance'}")
     if max(gaps.values()) > flags.tolerance:
         raise SystemExit(1)
     return gaps

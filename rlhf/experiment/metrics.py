@@ -15,6 +15,7 @@ class Metrics:
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, Tensor | float] = {}
         self._values: dict[str, float] = {}
+        self._differences: dict[str, tuple[str, str]] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum over `count` rows or tokens; tensors stay where they are until `reduce`."""
@@ -26,6 +27,10 @@ class Metrics:
         """Add every element of `values`; `weight` 0 adds nothing but keeps the name on every device."""
         self.add(name, values.sum() * weight, values.numel() * weight)
 
+    def difference(self, name: str, one: str, other: str) -> None:
+        """Set the mean `one` less the mean `other`, where both are there."""
+        self._differences[name] = one, other
+
     def put(self, name: str, value: float) -> None:
         """Set a value that is the same on every device (a rate, a norm)."""
         self._values[name] = value
@@ -35,7 +40,10 @@ class Metrics:
         return self._values[name]
 
     def reduce(self) -> dict[str, float]:
-        """Means over all devices, in the order in which the names came; names must agree between devices."""
+        """Means over all devices, in the order in which the names came; names must agree between devices.
+
+        A mean over nothing (of the bad responses of a step that has none) is left out.
+        """
         names = list(self._sums)
         pairs = torch.tensor(
             [[float(self._sums[n]) for n in names], [float(self._counts[n]) for n in names]],
@@ -45,5 +53,6 @@ class Metrics:
         if self._fabric.world_size > 1:
             torch.distributed.all_reduce(pairs)
         sums, counts = pairs.tolist()
-        means = {n: s / c if c else float("nan") for n, s, c in zip(names, sums, counts, strict=True)}
-        return {**means, **self._values}
+        means = {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+        there = {n: pair for n, pair in self._differences.items() if means.keys() >= set(pair)}
+        return {**means, **{n: means[a] - means[b] for n, (a, b) in there.items()}, **self._values}

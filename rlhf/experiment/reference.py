@@ -7,9 +7,10 @@ only one computed again, whatever the split, the stage or the order of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,11 @@ from rlhf.models.policy import Policy
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 
+Row = TypeVar("Row", bound=Hashable)
+
+MAX_BRANCHES = 4
+"""Responses of one prompt that go through the reference as one tree."""
+
 
 class ReferenceLogps:
     """Token log-probabilities of every branch of some rows of a split.
@@ -36,11 +42,13 @@ class ReferenceLogps:
         computed: how many of the branches had to be computed; the others were on disk.
     """
 
-    def __init__(self, rows: Sequence[int], flat: Tensor, offsets: list[int], branches: int, computed: int) -> None:
+    def __init__(
+        self, rows: Sequence[Hashable], flat: Tensor, offsets: list[int], branches: int, computed: int
+    ) -> None:
         self._place = {row: i for i, row in enumerate(rows)}
         self._flat, self._offsets, self._branches, self.computed = flat, offsets, branches, computed
 
-    def sums(self, rows: list[int]) -> Tensor:
+    def sums(self, rows: Sequence[Hashable]) -> Tensor:
         """(len(rows) * branches,) float32 log-probabilities of the responses, in packed order.
 
         Raises:
@@ -48,7 +56,7 @@ class ReferenceLogps:
         """
         return torch.stack([part.double().sum().float() for part in self._parts(rows)])
 
-    def tokens(self, rows: list[int]) -> Tensor:
+    def tokens(self, rows: Sequence[Hashable]) -> Tensor:
         """(R,) float32 log-probabilities of the response tokens, in the order of the targets of the rows' forest.
 
         Raises:
@@ -66,7 +74,7 @@ class ReferenceLogps:
         token_logps[~forest.target_in_root] = self.tokens(rows)
         return token_logps
 
-    def _parts(self, rows: list[int]) -> list[Tensor]:
+    def _parts(self, rows: Sequence[Hashable]) -> list[Tensor]:
         unknown = [row for row in rows if row not in self._place]
         if unknown:
             raise KeyError(f"no reference log-probabilities were read for the rows {unknown}")
@@ -116,27 +124,34 @@ class MovingReference:
 
 @torch.no_grad()
 def reference_logps(
-    run: Run, policy: nn.Module, rows: Sequence[int], tree_of: Callable[[int], Tree], folder: Path, *,
+    run: Run, policy: nn.Module, rows: Sequence[Row], tree_of: Callable[[Row], Tree], folder: Path, *,
     micro_batch_size: int,
 ) -> ReferenceLogps:  # fmt: skip
     """Read the reference's log-probabilities of these rows, computing (and storing) those that are not there.
 
+    Responses to one prompt, also of several rows, share it as far as they are computed together.
+
     Args:
         policy: the reference, as it stands; its mode is restored.
-        rows: those that the run will use, each once: a short run doesn't wait for the others.
-        tree_of: row number to its tree; all rows have the same number of branches.
+        rows: those that the run will use, each once: a short run doesn't wait for the others. Numbers, or whatever
+            else names a tree.
+        tree_of: row to its tree; all rows have the same number of branches.
         folder: where the files are kept; a folder that cannot be written is done without.
     """
-    keys, lengths, branches = _keys(rows, tree_of)
+    keys, lengths, prompts, branches = _keys(rows, tree_of)
     path = folder / f"{model_fingerprint(policy.module, run.precision)}.safetensors"
     known = _read(path)
-    missing = sorted({i // branches for i, key in enumerate(keys) if key not in known})
     num_missing = sum(key not in known for key in keys)
-    if missing:
-        computed = _compute(run, policy, [rows[i] for i in missing], tree_of, micro_batch_size)
-        for i, values in zip(missing, computed, strict=True):
-            for b, part in enumerate(values):
-                known[keys[i * branches + b]] = part
+    if num_missing:
+        missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal responses once
+        work = _by_prompt(list(missing.values()), lambda i: prompts[i // branches])
+
+        def tree_of_part(part: list[int]) -> Tree:
+            found = [tree_of(rows[i // branches]).segments for i in part]
+            return Tree.of(found[0][0], *(s[1 + i % branches] for s, i in zip(found, part, strict=True)))
+
+        for part, values in zip(work, _compute(run, policy, work, tree_of_part, micro_batch_size), strict=True):
+            known.update((keys[i], logps) for i, logps in zip(part, values, strict=True))
         if run.rank == 0:
             _write(path, known, run)
     offsets = [0, *accumulate(lengths)]
@@ -154,42 +169,56 @@ def model_fingerprint(policy: Policy, precision: str) -> str:
     return digest.hexdigest()
 
 
-def _keys(rows: Sequence[int], tree_of: Callable[[int], Tree]) -> tuple[list[bytes], list[int], int]:
-    keys, lengths, branches = [], [], 1
+def _keys(rows: Sequence[Row], tree_of: Callable[[Row], Tree]) -> tuple[list[bytes], list[int], list[bytes], int]:
+    """Key and number of tokens of each branch, and of each row its prompt's key; the branches of a row."""
+    keys, lengths, prompts, branches = [], [], [], 1
     for row in rows:
         tree = tree_of(row)
         prompt, *responses = (segment.to(torch.int32).numpy().tobytes() for segment in tree.segments)
         branches = len(responses)
+        prompts.append(xxhash.xxh3_128_digest(prompt))
         for response, segment in zip(responses, tree.segments[1:], strict=True):
             keys.append(xxhash.xxh3_128_digest(len(prompt).to_bytes(8, "little") + prompt + response))
             lengths.append(len(segment) if prompt else max(0, len(segment) - 1))
-    return keys, lengths, branches
+    return keys, lengths, prompts, branches
+
+
+def _by_prompt(items: list[int], prompt_of: Callable[[int], bytes]) -> list[list[int]]:
+    """Put those of one prompt together, up to `MAX_BRANCHES`."""
+    parts: list[list[int]] = []
+    open_part: dict[bytes, list[int]] = {}
+    for item in items:
+        part = open_part.get(prompt_of(item))
+        if part is None or len(part) == MAX_BRANCHES:
+            part = open_part[prompt_of(item)] = []
+            parts.append(part)
+        part.append(item)
+    return parts
 
 
 def _compute(
-    run: Run, policy: nn.Module, rows: list[int], tree_of: Callable[[int], Tree], micro_batch_size: int
+    run: Run, policy: nn.Module, work: list[list[int]], tree_of_part: Callable[[list[int]], Tree], micro_batch_size: int
 ) -> list[list[np.ndarray]]:
-    """For each row the (T,) log-probabilities of each branch; the devices share the rows."""
+    """For each part of the work the (T,) log-probabilities of each branch; the devices share the parts."""
     training = policy.training
     policy.eval()
-    mine = list(range(run.rank, len(rows), run.world_size))
-    parts: dict[int, list[np.ndarray]] = {}
+    mine = list(range(run.rank, len(work), run.world_size))
+    found: dict[int, list[np.ndarray]] = {}
     for batch in run.progress(cut(mine, micro_batch_size=micro_batch_size), "reference log-probabilities"):
-        forest = Forest([tree_of(rows[i]) for i in batch]).to(run.device)
+        forest = Forest([tree_of_part(work[i]) for i in batch]).to(run.device)
         token_logps, _ = policy(forest)
-        per_branch = [
+        per_branch = iter(
             dense[mask].float().cpu().numpy()
             for dense, mask in zip(forest.dense(token_logps), forest.target_mask, strict=True)
-        ]
-        branches = len(per_branch) // len(batch)
-        for k, i in enumerate(batch):
-            parts[i] = per_branch[k * branches : (k + 1) * branches]
+        )
+        for i in batch:
+            found[i] = [next(per_branch) for _ in work[i]]
     policy.train(training)
     if run.world_size > 1:
         gathered: list[dict] = [{}] * run.world_size
-        torch.distributed.all_gather_object(gathered, parts)
-        parts = {i: values for part in gathered for i, values in part.items()}
-    return [parts[i] for i in range(len(rows))]
+        torch.distributed.all_gather_object(gathered, found)
+        found = {i: values for part in gathered for i, values in part.items()}
+    return [found[i] for i in range(len(work))]
 
 
 def _read(path: Path) -> dict[bytes, np.ndarray]:

@@ -50,17 +50,21 @@ class Step:
         A device without rows gets one micro-batch of the step's first row, whose loss `weight` makes 0, so that
         all devices take part in the reduction.
         """
+        cuts = self.cuts(tokens=tokens, rows=rows)
+        for last, batch in _ahead(pack, cuts, self.run.flags.num_workers):
+            yield from self._synchronised(batch, modules, last)
+
+    def cuts(self, *, tokens: Tensor | None = None, rows: Sequence[int] | None = None) -> list[list[int]]:
+        """The rows of each of this device's `micro_batches`; sets `weight`."""
         flags, rows = self.run.flags, self.global_rows if rows is None else rows
         mine = rows_of_rank(rows, self.run.rank, self.run.world_size)
         self.weight = 1.0 if mine else 0.0
-        cuts = cut(
+        return cut(
             mine or rows[:1],
             micro_batch_size=flags.micro_batch_size,
             micro_batch_tokens=flags.micro_batch_tokens,
             tokens=tokens,
         )
-        for last, batch in _ahead(pack, cuts, flags.num_workers):
-            yield from self._synchronised(batch, modules, last)
 
     def _synchronised(self, batch: Any, modules: Sequence[nn.Module], last: bool) -> Iterator[Any]:
         if not modules:

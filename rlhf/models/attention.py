@@ -7,7 +7,7 @@ still serves `generate` and plain forwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.models.products import forest_attention
 from rlhf.trees.forest import Forest
-from rlhf.trees.masks import Slices, attention_plan, causal_mask, dense_blocks
+from rlhf.trees.masks import Block, Slices, attention_plan, branch_blocks, causal_mask, dense_blocks
 
 IMPLEMENTATION = "tree"
 
@@ -71,12 +71,66 @@ class TreeAttention:
         if query.device.type == "cpu" and not dropout and softcap is None:
             blocks = dense_blocks(self.forest, window, query.dtype)
             return forest_attention(blocks, query, key, value, scaling=scaling)
-        outputs = []
-        for block in attention_plan(self.forest, window, query.dtype):
-            q = query[:, :, block.start : block.stop]
-            k, v = (_gather(x, block.key_slices) for x in (key, value))
-            outputs.append(attend(q, k, v, block.mask, scaling=scaling, dropout=dropout, softcap=softcap))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        blocks = attention_plan(self.forest, window, query.dtype)
+        return _attend_blocks(blocks, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
+
+
+class KeepingAttention(TreeAttention):
+    """Tree attention that keeps every layer's keys and values, (kv_heads, T, D) each, without their graph."""
+
+    def __init__(self, forest: Forest) -> None:
+        super().__init__(forest)
+        self.layers: dict[int, tuple[Tensor, Tensor]] | None = {}
+
+    def release(self) -> None:
+        """Forget them, and keep none of a pass that checkpointing runs again."""
+        self.layers = None
+
+    def keep(self, layer: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Take the keys and values of an attention layer."""
+        if self.layers is not None:
+            self.layers[id(layer)] = (key.detach(), value.detach())
+
+    def __call__(self, layer, query, key, value, **options) -> Tensor:
+        self.keep(layer, key[0], value[0])
+        return super().__call__(layer, query, key, value, **options)
+
+
+class BranchAttention:
+    """Attention of the tokens below the roots of a forest, where the roots' keys and values are known.
+
+    Args:
+        layers: keys and values of each layer, (kv_heads, T, D) each, of a pass in which the roots stood at `known`.
+    """
+
+    def __init__(self, forest: Forest, layers: dict[int, tuple[Tensor, Tensor]], known: Tensor) -> None:
+        self.forest, self.layers, self.known = forest, layers, known
+        self.roots, self.fresh = forest.root_index, forest.fresh_index
+
+    def _placed(self, new: Tensor, known: Tensor | None) -> Tensor:
+        whole = new.new_zeros(1, new.shape[1], self.forest.num_tokens, new.shape[3])
+        whole[:, :, self.fresh] = new
+        if known is not None:
+            whole[0, :, self.roots] = known[:, self.known]
+        return whole
+
+    def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
+        keys, values = self.layers[id(layer)]
+        query, key, value = self._placed(query, None), self._placed(key, keys), self._placed(value, values)
+        blocks = branch_blocks(self.forest, window, query.dtype)
+        if query.device.type == "cpu" and not dropout and softcap is None:
+            return forest_attention(blocks, query, key, value, scaling=scaling)[:, self.fresh]
+        return _attend_blocks(blocks, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
+
+
+def _attend_blocks(blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    """(1, Q, heads, D): `attend` of every block's queries, end to end."""
+    outputs = []
+    for block in blocks:
+        q = query[:, :, block.start : block.stop]
+        k, v = (_gather(x, block.key_slices) for x in (key, value))
+        outputs.append(attend(q, k, v, block.mask, **options))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _gather(x: Tensor, slices: Slices) -> Tensor:

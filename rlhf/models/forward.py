@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
-from rlhf.models.attention import TreeAttention, active_plan, attending
+from rlhf.models.attention import BranchAttention, KeepingAttention, TreeAttention, active_plan, attending
 from rlhf.models.layers import is_lean
 from rlhf.models.trained import trained_states
 from rlhf.trees.forest import Forest
@@ -65,13 +65,46 @@ def packed_states(
     return output.last_hidden_state[0], plan
 
 
-def forest_states(model: PreTrainedModel | PeftModel, forest: Forest) -> Tensor:
-    """(T, H) last hidden states of the packed tokens: on a CPU in few operations, where the architecture is known."""
+def forest_states(
+    model: PreTrainedModel | PeftModel, forest: Forest, *, keeping: KeepingAttention | None = None
+) -> Tensor:
+    """(T, H) last hidden states of the packed tokens: on a CPU in few operations, where the architecture is known.
+
+    Args:
+        keeping: takes every layer's keys and values.
+    """
     trunk = trunk_of(model)
     drops = trunk.training and getattr(trunk.config, "attention_dropout", 0.0)
     if forest.input_ids.device.type == "cpu" and not drops and is_lean(trunk):
-        return trained_states(trunk, forest)
-    return packed_states(model, forest)[0]
+        return trained_states(trunk, forest, keep=None if keeping is None else keeping.keep)
+    return packed_states(model, forest, plan=keeping)[0]
+
+
+@torch.no_grad()
+def states_beside(
+    model: PreTrainedModel | PeftModel, beside: Forest, forest: Forest, states: Tensor, kept: KeepingAttention
+) -> Tensor:
+    """(T', H) last hidden states of a forest whose roots went through the model in another one; without gradient.
+
+    Only the tokens below the roots are computed.
+
+    Args:
+        beside: T' packed tokens; tree by tree its roots are those of `forest`.
+        states, kept: (T, H) states of `forest`, and the plan that made them.
+
+    Raises:
+        ValueError: the roots differ in length.
+    """
+    roots, fresh, known = beside.root_index, beside.fresh_index, forest.root_index
+    if beside.root_lengths != forest.root_lengths:
+        raise ValueError("the trees of two forests that go side by side must have the same roots")
+    whole = states.new_empty(beside.num_tokens, states.shape[1])
+    whole[roots] = states.detach()[known]
+    with attending(BranchAttention(beside, kept.layers, known)):
+        ids, positions = beside.input_ids[fresh], beside.positions[fresh]
+        output = trunk_of(model)(input_ids=ids[None], position_ids=positions[None], use_cache=False, return_dict=True)
+    whole[fresh] = output.last_hidden_state[0]
+    return whole
 
 
 def padded_rows(forest: Forest) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.logps import chunked_logps
+from rlhf.models.attention import KeepingAttention
 from rlhf.models.forward import (
     KEEP,
     accepted,
     forest_states,
     padded_rows,
     place_in_rows,
+    states_beside,
     trunk_of,
     unwrapped,
     using_adapter,
@@ -54,32 +56,66 @@ class Policy(_Role):
         super().__init__(model, uses_trees, adapter)
 
     def forward(
-        self, forest: Forest, *, temperature: float = 1.0, entropy: bool = False, collision: bool = False
+        self,
+        forest: Forest,
+        *,
+        beside: Forest | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        collision: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of every target of the forest, in packed order.
 
         Args:
             forest: T packed tokens with R targets.
+            beside: other branches on the same prompts (roots), tree by tree, with R' targets, outside the graph: they
+                go through the model after `forest`, on the keys and values that its prompts left.
             temperature: logits are divided by it, as in sampling.
             entropy: also return the entropy of each target's distribution, in nats.
             collision: instead, also return log sum_v p(v)^2 of that distribution, without a gradient.
 
         Returns:
-            (R,) float32 token log-probabilities, and (R,) entropies or log collisions, or None.
+            (R,) float32 token log-probabilities, and (R,) entropies or log collisions, or None; with `beside` (R + R',),
+            its last.
+
+        Raises:
+            ValueError: the prompts of `beside` are not as long as those of `forest`.
         """
-        targets = forest.input_ids[forest.target_index]
-        wanted = {"entropy": entropy, "collision": collision}
+        options = {"temperature": temperature, "entropy": entropy, "collision": collision}
         with using_adapter(self.model, self.adapter):
-            if self.uses_trees:
-                states = forest_states(self.model, forest)
-                return head_logps(
-                    self.model, states[forest.target_predecessor], targets, temperature=temperature, **wanted
-                )
-            hf = unwrapped(self.model)
-            logits = hf(**accepted(hf, padded_rows(forest)), use_cache=False).logits
+            if not self.uses_trees:
+                found = self._padded_logps(forest, **options)
+                if beside is None:
+                    return found
+                with torch.no_grad():
+                    other = self._padded_logps(beside, **options)
+                return _joined(found, other)
+            if beside is None:
+                return self._head_logps(forest_states(self.model, forest), forest, **options)
+            kept = KeepingAttention(forest)
+            states = forest_states(self.model, forest, keeping=kept)
+            found = self._head_logps(states, forest, **options)
+            with torch.no_grad():
+                states = states_beside(self.model, beside, forest, states, kept)
+                kept.release()
+                other = self._head_logps(states, beside, **options)
+            return _joined(found, other)
+
+    def _head_logps(self, states: Tensor, forest: Forest, **options) -> tuple[Tensor, Tensor | None]:
+        targets = forest.input_ids[forest.target_index]
+        return head_logps(self.model, states[forest.target_predecessor], targets, **options)
+
+    def _padded_logps(self, forest: Forest, *, temperature: float, **wanted) -> tuple[Tensor, Tensor | None]:
+        hf, at = unwrapped(self.model), forest.target_predecessor
+        logits = hf(**accepted(hf, padded_rows(forest)), use_cache=False).logits
         row, column = place_in_rows(forest)
-        at = forest.target_predecessor
+        targets = forest.input_ids[forest.target_index]
         return logps_of_logits(logits[row[at], column[at]] / temperature, targets, **wanted)
+
+
+def _joined(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    logps, entropies = zip(one, other, strict=True)
+    return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
 
 
 def head_logps(

@@ -25,7 +25,8 @@ def forest_attention(
     """Tree attention without dropout or caps.
 
     Args:
-        blocks: `dense_blocks` of the forest.
+        blocks: of `dense_blocks` or `branch_blocks`. What they leave out of the queries is not computed: those rows of
+            the result hold anything.
         query: (1, heads, T, D); key: (1, kv_heads, T, D); value: (1, kv_heads, T, E), of one floating type.
         scaling: factor of the scores; 1 / sqrt(D) unless set.
 

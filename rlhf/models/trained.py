@@ -8,6 +8,7 @@ about half the memory. The forward pass is `rlhf/models/layers.py`, that of samp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,18 +22,23 @@ from rlhf.trees.forest import Forest
 from rlhf.trees.masks import dense_blocks
 
 
-def trained_states(trunk: nn.Module, forest: Forest) -> Tensor:
+Keep = Callable[[nn.Module, Tensor, Tensor], None]
+"""Takes an attention layer, and its keys and values, (kv_heads, T, D) each."""
+
+
+def trained_states(trunk: nn.Module, forest: Forest, *, keep: Keep | None = None) -> Tensor:
     """(T, H) last hidden states of a forest's tokens, by tree attention.
 
     Args:
         trunk: one that `layers.is_lean`, on a CPU, its attention without dropout.
+        keep: called with the keys and values of every layer.
     """
     x = trunk.embed_tokens(forest.input_ids)
     turn = tuple(part[0] for part in turn_of(trunk, x, forest.positions[None]))
     dtype = product_dtype(trunk)
     recompute = trunk.training and getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()
     for layer in trunk.layers:
-        run = partial(_DecoderLayer.apply, *turn, forest, layer, trunk.config, dtype)
+        run = partial(_DecoderLayer.apply, *turn, forest, layer, trunk.config, dtype, keep)
         parameters = _parameters(layer)
         x = checkpoint(run, x, *parameters, use_reentrant=False) if recompute else run(x, *parameters)
     return trunk.norm(x)
@@ -52,7 +58,7 @@ def _norms(layer: nn.Module) -> list[nn.Module]:
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cos, sin, forest, module, config, dtype, x, *parameters):
+    def forward(ctx, cos, sin, forest, module, config, dtype, keep, x, *parameters):
         keeps = any(ctx.needs_input_grad)
         blocks, operands = None, []
 
@@ -62,6 +68,8 @@ class _DecoderLayer(torch.autograd.Function):
             q, k, v = laid_out(*(part[0].transpose(0, 1) for part in (query, key, value)), layer.attention.scaling)
             out, kept = attended(q, k, v, blocks, keeps=keeps)
             operands.extend([q, k, v, out, *kept])
+            if keep is not None:
+                keep(layer.attention, k, v)
             return out.flatten(1, 2)[None]
 
         with torch.autocast(x.device.type, enabled=False):
@@ -81,7 +89,7 @@ class _DecoderLayer(torch.autograd.Function):
             layer, grad_middle, x, kept, (cos, sin), operands, ctx.blocks
         )
         groups = [*inputs, *output, *gates, *down, norm, middle_norm, *head_norms]
-        return *(None,) * 6, grad_x, *(part.to(x.dtype) for part in groups)
+        return *(None,) * 7, grad_x, *(part.to(x.dtype) for part in groups)
 
 
 def _gated_backward(layer: Layer, grad: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:

@@ -44,6 +44,39 @@ def rows_of_step(step: int, num_rows: int, global_batch: int, *, seed: int, shuf
     return order[window * global_batch : (window + 1) * global_batch].tolist()
 
 
+def mismatched(rows: Sequence[int], num_rows: int) -> list[int]:
+    """For each row of a step another one, whose response its prompt is paired with: the one before it in the step.
+
+    So the step's mismatched pairs hold the responses of its own rows, each once. A row that is alone in its step takes
+    the response of the split's next row.
+
+    Args:
+        num_rows: of the split; with a single one, a row is paired with itself.
+
+    >>> mismatched([7, 2, 5], 9), mismatched([8], 9)
+    ([5, 7, 2], [0])
+    """
+    return [(rows[0] + 1) % num_rows] if len(rows) == 1 else [*rows[-1:], *rows[:-1]]
+
+
+def mismatched_of_run(
+    total_steps: int, num_rows: int, global_batch: int, *, seed: int, shuffle: bool
+) -> list[tuple[int, int]]:
+    """The distinct (row, row whose response it is paired with) of all steps of a run, in order.
+
+    >>> mismatched_of_run(3, 4, 2, seed=0, shuffle=False)
+    [(0, 1), (1, 0), (2, 3), (3, 2)]
+    """
+    windows = math.ceil(num_rows / global_batch)
+    pairs: dict[tuple[int, int], None] = {}
+    for first in range(0, total_steps, windows):
+        order = epoch_order(num_rows, seed=seed, epoch=first // windows, shuffle=shuffle).tolist()
+        for window in range(min(windows, total_steps - first)):
+            rows = order[window * global_batch : (window + 1) * global_batch]
+            pairs.update(dict.fromkeys(zip(rows, mismatched(rows, num_rows), strict=True)))
+    return list(pairs)
+
+
 def rows_of_rank(rows: Sequence[int], rank: int, world_size: int) -> list[int]:
     """This device's share of a step's rows."""
     return list(rows[rank::world_size])

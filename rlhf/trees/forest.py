@@ -11,7 +11,7 @@ A token's position is its depth: its distance from the root along the path. Noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -169,6 +169,25 @@ class Forest:
     def target_mask(self) -> Tensor:
         """(B, L) True where `branch_targets` holds a target."""
         return self.branch_targets >= 0
+
+    @property
+    def root_lengths(self) -> list[int]:
+        """Tokens of each tree's root."""
+        return [length for _, length, parent, _ in self.segments if parent < 0]
+
+    @property
+    def root_index(self) -> Tensor:
+        """Packed indices of the tokens of all roots (the prompts)."""
+        return self._tokens_of(lambda parent: parent < 0)
+
+    @property
+    def fresh_index(self) -> Tensor:
+        """Packed indices of all other tokens."""
+        return self._tokens_of(lambda parent: parent >= 0)
+
+    def _tokens_of(self, wanted: Callable[[int], bool]) -> Tensor:
+        ranges = [torch.arange(start, start + n) for start, n, parent, _ in self.segments if wanted(parent)]
+        return torch.cat(ranges or [torch.empty(0, dtype=torch.long)]).to(self.input_ids.device)
 
     def per_branch(self, per_target: Tensor) -> Tensor:
         """Sum a per-target quantity along each root-to-leaf path: (R,) -> (B,).

@@ -72,6 +72,19 @@ def dense_blocks(forest: Forest, window: int | None, dtype: torch.dtype) -> list
     return forest._cache[key]
 
 
+def branch_blocks(forest: Forest, window: int | None, dtype: torch.dtype) -> list[Block]:
+    """Dense blocks of the queries below the roots, whose keys are given; made once and kept on the forest."""
+    key = ("branches", window, dtype)
+    if key not in forest._cache:
+        blocks = [
+            _masked(forest, start, start + length, _path_slices(forest, s), window, dtype)
+            for s, (start, length, parent, _) in enumerate(forest.segments)
+            if length and parent >= 0
+        ]
+        forest._cache[key] = [part for block in blocks for part in _dense(block, dtype, forest.end.device)]
+    return forest._cache[key]
+
+
 def _dense(block: Block, dtype: torch.dtype, device: torch.device) -> list[Block]:
     parts = []
     for start in range(block.start, block.stop, DENSE_QUERIES):

@@ -34,6 +34,12 @@ def pair_tree(row: Mapping[str, Any], *, prompt_targets: bool = False) -> Tree:
     return Tree(segments, [-1, 0, 0], targets)
 
 
+def feedback_tree(row: Mapping[str, Any], response_of: Mapping[str, Any] | None = None) -> Tree:
+    """The prompt of a row of `feedback_*.pt` with one branch: its own response, or that of another row."""
+    n, other = row["prompt_len"], row if response_of is None else response_of
+    return Tree.of(row["input_ids"][:n], other["input_ids"][other["prompt_len"] :])
+
+
 def first_difference(row: Mapping[str, Any]) -> int:
     """Index in the responses of the first token in which they differ; the shorter's length where one begins the other.
 
