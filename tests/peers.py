@@ -175,7 +175,7 @@ def train_here(comparison: Comparison) -> Trajectory:
             with mock.patch.object(rlhf_rm, "load_scorer", _saving(rlhf_rm.load_scorer, c.work / "start")):
                 rlhf_rm.main(rlhf_rm.RMFlags(**flags, loss_type="last_token"))
         elif c.stage in FEEDBACK:
-            rlhf_kto.main(rlhf_kto.KTOFlags(**flags, loss_type=c.stage, beta=c.beta, max_new_tokens=1))
+            rlhf_kto.main(rlhf_kto.KTOFlags(**flags, loss_type=c.stage, max_new_tokens=1))
         else:
             rlhf_dpo.main(rlhf_dpo.DPOFlags(**flags, **PAIRWISE[c.stage], max_new_tokens=1))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -275,7 +275,7 @@ def train_in_trl(comparison: Comparison) -> Trajectory:
         trainer_class, args = reference_free_trainer(c.stage, settings)
     elif c.stage in FEEDBACK:
         model, options = language_model(), {"ref_model": language_model()}
-        trainer_class, args = trl.KTOTrainer, trl.KTOConfig(**settings, loss_type=c.stage, beta=c.beta)
+        trainer_class, args = trl.KTOTrainer, trl.KTOConfig(**settings, loss_type=c.stage)
     else:
         model, options = language_model(), {"ref_model": language_model()}
         trainer_class, args = trl.DPOTrainer, trl.DPOConfig(**settings, **trl_options(PAIRWISE[c.stage]))

@@ -75,8 +75,8 @@ class Policy(_Role):
             collision: instead, also return log sum_v p(v)^2 of that distribution, without a gradient.
 
         Returns:
-            (R,) float32 token log-probabilities, and (R,) entropies or log collisions, or None; with `beside` (R + R',),
-            its last.
+            (R,) float32 token log-probabilities, and (R,) entropies or log collisions, or None; with `beside` each is
+            (R + R',), its own last.
 
         Raises:
             ValueError: the prompts of `beside` are not as long as those of `forest`.

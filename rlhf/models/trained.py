@@ -21,7 +21,6 @@ from rlhf.models.products import attended, attended_backward, laid_out
 from rlhf.trees.forest import Forest
 from rlhf.trees.masks import dense_blocks
 
-
 Keep = Callable[[nn.Module, Tensor, Tensor], None]
 """Takes an attention layer, and its keys and values, (kv_heads, T, D) each."""
 
