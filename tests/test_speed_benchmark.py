@@ -129,8 +129,8 @@ def test_grouping_keeps_the_rows_and_shortens_the_padding(places):
 def test_the_fastest_settings_of_the_peer_are_kept_and_the_ratio_is_of_medians(places, tmp_path, monkeypatch):
     """Ours takes 2 s a step (2, 4, 2 in the three runs); the peer 9 s, 8 with chunked losses, 7 with these and eager.
 
-    Padding-free fails. So the ratio of medians is 3.5, from 7 / 4 to 7 / 2; with our setting of malloc the peer takes
-    5 s, 2.5 times ours. A warm-up step of 100 s counts nowhere.
+    Padding-free fails. So the ratio of medians is 3.5, from 7 / 4 to 7 / 2; patched it takes 5 s, 2.5 times ours. A
+    warm-up step of 100 s counts nowhere.
     """
     ours, asked = iter([2.0, 4.0, 2.0]), []
 
@@ -141,7 +141,7 @@ def test_the_fastest_settings_of_the_peer_are_kept_and_the_ratio_is_of_medians(p
             raise UserError("out of memory")
         seconds = next(ours) if side == "ours" else 9.0 - (settings["loss_type"] == "chunked_nll")
         seconds -= side == "peer" and settings["attention"] == "eager"
-        seconds -= 2 * (side == "peer" and settings["allocator"] == "ours")
+        seconds -= 2 * (side == "peer" and settings["patched"])
         return {
             "step_seconds": [100.0, seconds, seconds],
             "loaded_bytes": 1e9,
@@ -153,13 +153,13 @@ def test_the_fastest_settings_of_the_peer_are_kept_and_the_ratio_is_of_medians(p
     monkeypatch.setattr(speed.Benchmark, "run", run)
     found = speed.main(flags_of(places, tmp_path, stages=["sft"], tune=True, pairs_of_runs=3))["stages"]["sft"]
 
-    best = {"loss_type": "chunked_nll", "padding_free": False, "allocator": "default", "attention": "eager"}
-    assert asked[4:] == [("ours", best), ("peer", best)] * 3 + [("peer", {**best, "allocator": "ours"})]
+    best = {"loss_type": "chunked_nll", "padding_free": False, "patched": False, "attention": "eager"}
+    assert asked[4:] == [("ours", best), ("peer", best)] * 3 + [("peer", {**best, "patched": True})]
     assert [trial.get("seconds") for trial in found["peer_trials"]] == [9.0, 8.0, None, 7.0]
     assert "out of memory" in found["peer_trials"][2]["failed"]
     ratios = {side: figures.get("ratio") for side, figures in found["summary"].items()}
     assert ratios["peer"] == {"seconds": 3.5, "least": 1.75, "most": 3.5, "peak_bytes": 1.5}
-    assert ratios["peer, our malloc"] == {"seconds": 2.5, "peak_bytes": 1.5}
+    assert ratios["peer, patched"] == {"seconds": 2.5, "peak_bytes": 1.5}
     assert found["summary"]["ours"]["samples_per_second"] == 1.0
     tokens, flops = found["work"]["tokens"], found["work"]["flops"]
     assert found["summary"]["ours"]["tokens_per_second"] == pytest.approx(sum(tokens) / 2 / 2.0)

@@ -17,8 +17,9 @@ batch, no gradient checkpointing, no evaluation and no writing of models. What t
 
 The peer runs at its best settings: `--tune` tries each alternative that speed_peer.py lists for the stage (attention
 kernel, bounded logits, padding-free rows, static cache) in a run of its own, and keeps what is faster. It runs as it
-is installed; how malloc keeps freed memory (`rlhf/allocator.py`) is part of what is compared. Because any program
-would gain from that, `--allocator_runs` more runs give the peer the same setting: the rows "peer, our malloc".
+is released. How malloc keeps freed memory (`rlhf/allocator.py`) is part of what is compared, and so is that TRL's PPO
+samples and judges in float32; but as any program would gain from mending that, `--patched_runs` more runs give the
+peer our setting of malloc and, in PPO, bf16 throughout: the rows "peer, patched".
 
 Rows are grouped by length as the sampler of transformers does it, for both sides (PPO and rollouts: in file order;
 TRL's PPO has no such sampler). DPO's reference log-probabilities are stored on both sides, and computing them is not
@@ -92,8 +93,8 @@ class SpeedFlags:
     """Rows of SFT, RM and DPO grouped by length, or as they stand in the file."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """As in the training scripts."""
-    allocator_runs: int = 1
-    """Runs of the peer with our setting of malloc (rlhf/allocator.py), besides those as it is installed."""
+    patched_runs: int = 1
+    """Runs of the peer with our setting of malloc and bf16 throughout, besides those as it is released."""
     tune: bool = True
     """Try the peer's alternatives, one run each. False: the first of each."""
     our_flags: list[str] = field(default_factory=list)
@@ -184,12 +185,12 @@ class Benchmark:
                 runs.append(self._measured(side, plan, request))
                 note = f"{stage} {side} {pair + 1}/{self.flags.pairs_of_runs}"
                 print(f"{note}: {runs[-1]['seconds']:.3f} s a step", flush=True)
-        allocated = {**plan["request"], "settings": {**chosen, "allocator": "ours"}}
-        sides["peer, our malloc"] = []
-        for i in range(self.flags.allocator_runs):
-            sides["peer, our malloc"].append(self._measured("peer", plan, allocated))
-            note = f"{stage} peer, our malloc {i + 1}/{self.flags.allocator_runs}"
-            print(f"{note}: {sides['peer, our malloc'][-1]['seconds']:.3f} s a step", flush=True)
+        patched = {**plan["request"], "settings": {**chosen, "patched": True}}
+        sides["peer, patched"] = []
+        for i in range(self.flags.patched_runs):
+            sides["peer, patched"].append(self._measured("peer", plan, patched))
+            seconds = sides["peer, patched"][-1]["seconds"]
+            print(f"{stage} peer, patched {i + 1}/{self.flags.patched_runs}: {seconds:.3f} s a step", flush=True)
         self.results["machine"] = sides["ours"][0]["machine"]
         self.results["stages"][stage] = {
             "summary": summary_of(sides),
@@ -256,7 +257,7 @@ class Benchmark:
 
     def _tune(self, stage: str, plan: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The peer's settings: from the first of each, every alternative that makes it faster; and what was tried."""
-        choices = {**ALTERNATIVES[stage], "allocator": ["default"], "attention": ["sdpa", "eager"]}
+        choices = {**ALTERNATIVES[stage], "patched": [False], "attention": ["sdpa", "eager"]}
         chosen = {name: values[0] for name, values in choices.items()}
         others = [(name, value) for name, values in choices.items() for value in values[1:]]
         if not self.flags.tune or not others:

@@ -165,7 +165,7 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
 def train_ppo(request: dict[str, Any]) -> dict[str, Any]:
     """TRL 1.12.0's PPO trainer, the prompts in file order, no stop token.
 
-    The trainer leaves sampling, reference and reward in float32 whatever `bf16` says; here they run under autocast,
+    The trainer leaves sampling, reference and reward in float32 whatever `bf16` says; patched they run under autocast,
     with logits in float32, as its policy and critic do.
     """
     if request["precision"] == "bf16-mixed":
@@ -200,9 +200,10 @@ def train_ppo(request: dict[str, Any]) -> dict[str, Any]:
         speed_work.check_lengths([sequences.shape[1] - queries.shape[1]] * len(sequences), request)
         return sequences, logits
 
-    ppo_trainer.batch_generation = _under_autocast(batch_generation, request["precision"])
-    ppo_trainer.get_reward = _under_autocast(ppo_trainer.get_reward, request["precision"])
-    ppo_trainer.forward = _under_autocast(ppo_trainer.forward, request["precision"])
+    ppo_trainer.batch_generation = batch_generation
+    if request["settings"]["patched"]:
+        for name in ("batch_generation", "get_reward", "forward"):
+            setattr(ppo_trainer, name, _under_autocast(getattr(ppo_trainer, name), request["precision"]))
     trainer.train()
     return _found(clock)
 
@@ -275,7 +276,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     """What the request's stage asks for, at its settings."""
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    if request["settings"]["allocator"] == "ours":
+    if request["settings"]["patched"]:
         keep_freed_memory()
     return {"rollouts": sample, "ppo": train_ppo}.get(request["stage"], train)(request)
 
