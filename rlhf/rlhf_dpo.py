@@ -106,8 +106,9 @@ def evaluate(
         metrics.add("val/kl_k3_per_token", pairs.kl.sum() * weight, pairs.lengths.sum() * weight)
     policy.train()
     values = metrics.reduce()
-    values["val/loss"] += flags.chosen_nll_coef * values["val/chosen_nll"]
-    values["val/loss"] += flags.path_nll_coef * values.get("val/path_nll", 0.0)
+    for name, coef in (("val/chosen_nll", flags.chosen_nll_coef), ("val/path_nll", flags.path_nll_coef)):
+        if coef:
+            values["val/loss"] += coef * values[name]
     return values
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from rlhf.data.splits import load_split, write_split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Step
+from rlhf.models import forward
 from rlhf.models.policy import Policy
 from rlhf.rlhf_kto import KTOFlags, balance_of, main, partners_of
 from rlhf.trees.batches import mismatched_of_run, rows_of_step
@@ -72,17 +73,23 @@ def test_c32_a_planted_rule_is_learnt(model, tmp_path, loss_type, good):
 def rows_through_the_model(monkeypatch) -> list[tuple[int, bool]]:
     """Fills with (tokens, has a graph) of every pass through the first layer, in order."""
     seen: list[tuple[int, bool]] = []
-    original = Policy.forward
+    original, trained = Policy.forward, forward.trained_states
 
-    def forward(self, *args, **kwargs):
+    def ours(trunk, forest, **options):
+        seen.append((forest.num_tokens, torch.is_grad_enabled()))
+        return trained(trunk, forest, **options)
+
+    def through(self, *args, **kwargs):
         layer = self.model.model.layers[0].mlp
         hook = layer.register_forward_pre_hook(lambda _, a: seen.append((a[0].shape[1], torch.is_grad_enabled())))
         try:
-            return original(self, *args, **kwargs)
+            with monkeypatch.context() as patch:
+                patch.setattr(forward, "trained_states", ours)
+                return original(self, *args, **kwargs)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(Policy, "forward", forward)
+    monkeypatch.setattr(Policy, "forward", through)
     return seen
 
 

@@ -129,7 +129,7 @@ def test_branches_beside_run_no_prompt_again():
     backward pass computes the first 9 again. Prompts of other lengths are refused."""
     forest, beside = Forest([Tree.of(ids(6, 0), ids(3, 1))]), Forest([Tree.of(ids(6, 0), ids(4, 2))])
     for checkpointing, again in ((False, []), (True, [9])):
-        policy, seen = policy_of("llama"), []
+        policy, seen = policy_of("phi"), []
         policy.train()
         if checkpointing:
             enable_checkpointing(policy.model)
