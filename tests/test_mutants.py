@@ -49,6 +49,7 @@ SCHEDULES = "tests/test_schedules.py::"
 REWARD = "tests/test_losses_reward.py::"
 PREFERENCE = "tests/test_losses_preference.py::"
 POLICY = "tests/test_losses_policy_gradient.py::"
+GROUPS = "tests/test_group_advantages.py::"
 
 MUTANTS = [
     # An inverted mask; a mask that multiplies; a missing guard against nothing; pads in the variance.
@@ -286,6 +287,74 @@ MUTANTS = [
         "ratio.clamp(1.0 - clip_low, 1.0 + clip_high)",
         "ratio.clamp(max=1.0 + clip_high)",
         (POLICY + "test_l1_by_hand",),
+    ),
+    # GRPO's relatives: a ratio of the wrong length, a weight that is learnt, a gradient lost or doubled.
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "return masked_mean(token_logps - old_token_logps, response_mask, dim=1).unsqueeze(1)",
+        "return (token_logps - old_token_logps).mean(1, keepdim=True)",
+        (POLICY + "test_gspo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "torch.exp(log_ratios + token_logps - token_logps.detach())",
+        "torch.exp(log_ratios + token_logps - old_token_logps)",
+        (POLICY + "test_gspo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "torch.exp(token_logps.detach() - old_token_logps).clamp",
+        "torch.exp(token_logps - old_token_logps).clamp",
+        (POLICY + "test_cispo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "clamp(1.0 - clip_low, 1.0 + clip_high)\n    return -weights",
+        "clamp(max=1.0 + clip_high)\n    return -weights",
+        (POLICY + "test_cispo_by_hand",),
+    ),
+    # Group advantages: the wrong divisor, float32 sums, one's own reward in one's baseline; weights of responses.
+    Mutant(
+        "rlhf/group_advantages.py",
+        "/ (rewards.shape[1] - 1)).sqrt()",
+        "/ rewards.shape[1]).sqrt()",
+        (GROUPS + "test_grpo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "return rewards.double().mean(1, keepdim=True)",
+        "return rewards.mean(1, keepdim=True)",
+        (GROUPS + "test_equal_rewards_have_advantages_of_exactly_zero",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "* (num / (num - 1))",
+        "* ((num - 1) / num)",
+        (GROUPS + "test_rloo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "return masked_whiten(returns, response_mask).float()",
+        "return masked_whiten(returns, response_mask, shift_mean=False).float()",
+        (GROUPS + "test_reinforce_pp_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "gamma=1.0, lam=1.0)",
+        "gamma=1.0, lam=0.95)",
+        (GROUPS + "test_reinforce_pp_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "(lengths * counted).sum()",
+        "lengths.sum()",
+        (GROUPS + "test_weights_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "divisors = num * lengths",
+        "divisors = counted.sum() * lengths",
+        (GROUPS + "test_weights_by_hand",),
     ),
     Mutant(
         "rlhf/losses/policy_gradient.py",

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from rlhf import rlhf_dpo, rlhf_rm, rlhf_sft
+from rlhf import rlhf_dpo, rlhf_grpo, rlhf_online_dpo, rlhf_rm, rlhf_sft
 from rlhf.experiment.run import Step
 
 SCRIPTS = {
     "sft": (rlhf_sft.main, rlhf_sft.SFTFlags),
     "rm": (rlhf_rm.main, rlhf_rm.RMFlags),
     "dpo": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
+    "grpo": (rlhf_grpo.main, rlhf_grpo.GRPOFlags),
+    "online_dpo": (rlhf_online_dpo.main, rlhf_online_dpo.OnlineDPOFlags),
 }
 
 
