@@ -36,14 +36,15 @@ prepare() {
         --stage="$stage" ${DATA:+--dataset_path="$DATA"} "$@"
 }
 
-# train STAGE FLAGS...: one training script into $OUT/STAGE, unless it has finished.
+# train STAGE FLAGS...: one training script into $OUT/STAGE, unless it has finished. $SCRIPT names the script where it
+# is not that of the stage.
 train() {
     local stage=$1 more
     shift
     [[ " $STAGES " == *" $stage "* ]] || return 0
     [ ! -f "$OUT/$stage/summary.json" ] || return 0
     more="${stage^^}_FLAGS"
-    set -- "rlhf/rlhf_$stage.py" --data_dir="$data" --experiment_dir="$OUT/$stage" "$@" "${extra[@]}" ${!more:-}
+    set -- "rlhf/rlhf_${SCRIPT:-$stage}.py" --data_dir="$data" --experiment_dir="$OUT/$stage" "$@" "${extra[@]}" ${!more:-}
     ! compgen -G "$OUT/$stage/checkpoints/step-*" >/dev/null || set -- "$@" --resume=True
     if [ "$DEVICES" = 1 ]; then
         run python "$@"

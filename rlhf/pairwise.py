@@ -77,7 +77,7 @@ class PairLossFlags:
     f_divergence_alpha: float = 0.5
     """Order of --f_divergence=alpha: 1 is the reverse KL, 0 the forward KL."""
     length_normalize: bool = False
-    """Divide each response's log-ratio by its tokens (LN-DPO with sigmoid); ipo, simpo and orpo always do."""
+    """Compare means over the tokens, not sums (LN-DPO with sigmoid); ipo, simpo and orpo always do."""
     ld_alpha: float | None = None
     """Weight, in [0, 1], of the tokens with which a response is longer than the other one (LD-DPO); 1 unless set."""
     wpo_weighting: bool = False
@@ -93,7 +93,7 @@ class PairLossFlags:
     reference: str | None = None
     """Experiment or model that is the reference; the policy as the run starts, unless set."""
     reference_free: bool = False
-    """Leave the reference out: its log-ratios are the policy's own log-probabilities."""
+    """Leave the reference out, as if it gave every response the same probability."""
     ref_update_interval: int | None = None
     """Move the reference to the policy every so many steps (TR-DPO); it then stays in memory. Never unless set."""
     ref_mixup: float = 0.6

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.grpo import REWARDS
 from tests.ppo import on_two_processes
 from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
 from tests.two_processes import SCRIPTS, run_all
@@ -45,6 +46,8 @@ JOBS = {
     "kto-cut": ("kto", {"micro_batch_size": 1, "desirable_weight": 1.5}),
     "kto-bco": ("kto", {"micro_batch_size": 3, "loss_type": "bco"}),
     "kto-padded": ("kto", {"micro_batch_size": 2, "model": "gptj"}),
+    "grpo": ("grpo", {"micro_batch_size": 1, "num_samples": 3, "kl_coef": 0.5, "rollout_mini_batch_size": 5}),
+    "dpo-online": ("online_dpo", {"micro_batch_size": 3, "num_samples": 3, "sft_coef": 0.1}),
     "sft-padded": ("sft", {"micro_batch_size": 2, "model": "gptj"}),
 }
 EVERY_JOB = pytest.mark.parametrize("job", JOBS)
@@ -55,6 +58,7 @@ def folders(tmp_path_factory) -> dict[int, Path]:
     """All jobs on two processes with half the mini-batch each, and on one; each world with data of its own."""
     root = tmp_path_factory.mktemp("devices")
     models = {name: make_model_dir(root / name, name) for name in ("llama", "gptj")}
+    (root / "my_rewards.py").write_text(REWARDS)
     found = {}
     for world_size in (1, 2):
         found[world_size] = root / str(world_size)
@@ -68,6 +72,8 @@ def folders(tmp_path_factory) -> dict[int, Path]:
                 "model_name": models[given.get("model", "llama")],
             }
             options.pop("model", None)
+            if script in ("grpo", "online_dpo"):
+                options.update(rollout_size=8 // world_size, reward=[f"function:{root}/my_rewards.py:distinct"])
             if world_size == 1:
                 options.update(micro_batch_size=8, micro_batch_tokens=None)
             else:

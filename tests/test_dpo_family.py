@@ -72,7 +72,7 @@ def test_reference_free_losses_load_and_store_nothing(lab, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("name", "prompts"), [("orpo", True), ("cpo", False), ("sigmoid", False)])
 def test_held_out_loss_has_its_likelihood(lab, tmp_path, name, prompts):
-    """val/loss of plain models: the pairs' mean, and the likelihood a token of chosen responses (ORPO: sequences)."""
+    """val/loss by a plain model: the pairs' mean, and the likelihood a token of chosen responses (ORPO: sequences)."""
     given = {"sft_coef": 0.5, "reference_free": True} if name == "sigmoid" else {}
     found = run(lab, tmp_path, loss_type=[name], eval_iters=0, save_interval=2, **given)
     model, losses, nll, tokens = offline.causal(tmp_path / "final"), [], 0.0, 0

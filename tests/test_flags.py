@@ -16,7 +16,9 @@ from rlhf import flags as flags_module
 from rlhf.errors import UserError
 from rlhf.flags import BatchFlags, DataFlags, ModelFlags, RunFlags, check_positive, launch, parse
 from rlhf.rlhf_dpo import DPOFlags
+from rlhf.rlhf_grpo import GRPOFlags
 from rlhf.rlhf_kto import KTOFlags
+from rlhf.rlhf_online_dpo import OnlineDPOFlags
 from rlhf.rlhf_rm import RMFlags
 from rlhf.rlhf_sft import SFTFlags
 
@@ -35,6 +37,20 @@ SHARED = _names(
     weight_decay
     """
 )
+REWARD = {"reward", "reward_timeout", "rm_experiment_dir"}
+ROLLOUT = _names(
+    """
+    sft_experiment_dir num_samples rollout_size rollout_mini_batch_size rollout_epochs missing_eos_penalty
+    eval_temperature
+    """
+)
+PAIRS = _names(
+    """
+    reference loss_type beta label_smoothing reference_free sft_coef max_chosen_drop loss_weights f_divergence
+    f_divergence_alpha length_normalize ld_alpha wpo_weighting discopop_tau cpo_alpha simpo_gamma orpo_lambda
+    ref_update_interval ref_mixup
+    """
+)
 GENERATION = {"max_new_tokens", "temperature", "top_k", "top_p", "do_sample"}
 FROZEN = {
     SFTFlags: SHARED | GENERATION | {"use_targets"},
@@ -47,6 +63,13 @@ FROZEN = {
     KTOFlags: SHARED
     | GENERATION
     | _names("sft_experiment_dir reference loss_type beta desirable_weight undesirable_weight max_chosen_drop"),
+    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS,
+    GRPOFlags: SHARED
+    | GENERATION
+    | REWARD
+    | ROLLOUT
+    | _names("advantage loss_type loss_normalization clip_low clip_high kl_coef kl_in kl_estimator kl_unbiased")
+    | _names("entropy_coef mask_truncated dynamic_sampling max_resamples"),
 }
 """The names that users have in their shell scripts. Adding one is fine; renaming or removing one breaks them."""
 

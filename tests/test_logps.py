@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.logps import chunked_logps
+from rlhf.models.policy import logps_of_logits
 
 ROWS, HIDDEN, VOCABULARY = 7, 5, 11
 OPTIONS = [
@@ -52,6 +53,30 @@ def test_values_are_those_of_the_full_matrix(options, bias, chunk_rows):
     expected, expected_entropies = full(*given, **options)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(entropies, expected_entropies, rtol=0, atol=1e-12)
+
+
+@CHUNKS
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_collisions_are_those_of_the_full_matrix(options, chunk_rows):
+    """log sum p^2, without a gradient, and the log-probabilities beside it with theirs; not beside entropies. The same
+    from full logits, as a model without tree attention gives them."""
+    given = inputs(bias=True)
+    logps, collisions = chunked_logps(*given, **options, collision=True, chunk_rows=chunk_rows)
+    hidden, weight, bias, targets = given
+    logits = hidden @ weight.T + bias
+    if options.get("softcap"):
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    logits = logits * options.get("scale", 1.0)
+    expected = logits.softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(collisions, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logps, full(*given, **options)[0], rtol=0, atol=1e-12)
+    assert logps.requires_grad
+    assert not collisions.requires_grad
+    _, of_logits = logps_of_logits(logits.float(), targets, collision=True)
+    torch.testing.assert_close(of_logits, expected.float(), rtol=0, atol=1e-5)
+    assert not of_logits.requires_grad
+    with pytest.raises(ValueError, match="not computed together"):
+        chunked_logps(*given, entropy=True, collision=True)
 
 
 @CHUNKS

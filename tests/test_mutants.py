@@ -50,6 +50,7 @@ REWARD = "tests/test_losses_reward.py::"
 PREFERENCE = "tests/test_losses_preference.py::"
 FEEDBACK = "tests/test_losses_feedback.py::"
 POLICY = "tests/test_losses_policy_gradient.py::"
+GROUPS = "tests/test_group_advantages.py::"
 
 MUTANTS = [
     # An inverted mask; a mask that multiplies; a missing guard against nothing; pads in the variance.
@@ -253,14 +254,14 @@ MUTANTS = [
     # DPO and its relatives: the reference's side, the smoothed side, IPO's target, the hinge's sign.
     Mutant(
         "rlhf/losses/preference.py",
-        "return (policy_chosen_logps - ref_chosen_logps)",
-        "return (policy_chosen_logps + ref_chosen_logps)",
-        (PREFERENCE + "test_c5_policy_at_the_reference",),
+        "beta * (policy_logps - ref_logps)\n",
+        "beta * (policy_logps + ref_logps)\n",
+        (PREFERENCE + "test_implicit_rewards_by_hand",),
     ),
     Mutant(
         "rlhf/losses/preference.py",
-        "F.logsigmoid(-logits)",
-        "F.logsigmoid(logits)",
+        "label_smoothing * F.logsigmoid(-logits)\n\n\ndef robust",
+        "label_smoothing * F.logsigmoid(logits)\n\n\ndef robust",
         (PREFERENCE + "test_label_smoothing_by_hand",),
     ),
     Mutant(
@@ -330,6 +331,90 @@ MUTANTS = [
         "(below + not_above) / (2 * len(good) * len(bad))",
         "(below + below) / (2 * len(good) * len(bad))",
         ("tests/test_reports.py::test_auc_by_hand",),
+    # Its wider family: a lost factor, a side, a target, an order, a constant that is not one.
+    Mutant(
+        "rlhf/losses/preference.py",
+        "/ (1.0 - 2.0 * label_smoothing)",
+        "/ (1.0 - label_smoothing)",
+        (PREFERENCE + "test_robust_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/preference.py",
+        "math.log1p(-label_smoothing)",
+        "math.log1p(label_smoothing)",
+        (PREFERENCE + "test_exo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/preference.py",
+        "torch.sigmoid(-logits / tau)",
+        "torch.sigmoid(logits / tau)",
+        (PREFERENCE + "test_discopop_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/anchored.py",
+        "F.logsigmoid(-beta * rejected_log_ratios)",
+        "F.logsigmoid(beta * rejected_log_ratios)",
+        (PREFERENCE + "test_bco_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/anchored.py",
+        "F.logsigmoid(-chosen) + F.logsigmoid(-rejected)",
+        "F.logsigmoid(chosen) + F.logsigmoid(-rejected)",
+        (PREFERENCE + "test_nca_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/anchored.py",
+        "torch.sigmoid(-beta * margin)",
+        "torch.sigmoid(beta * margin)",
+        (PREFERENCE + "test_apo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/anchored.py",
+        "target = 0.5 / beta",
+        "target = 1.0 / beta",
+        (PREFERENCE + "test_sppo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/transport.py",
+        "values.argsort().argsort()",
+        "values.argsort()",
+        (PREFERENCE + "test_aot_is_dpo_where_ranks_agree", PREFERENCE + "test_aot_unpaired_by_hand"),
+    ),
+    Mutant(
+        "rlhf/losses/transport.py",
+        "(rejected_side - rejected_side.detach())",
+        "rejected_side",
+        (PREFERENCE + "test_aot_unpaired_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/reference_free.py",
+        "rejected_mean_logps + gamma / beta",
+        "rejected_mean_logps + gamma",
+        (PREFERENCE + "test_simpo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/reference_free.py",
+        "return logps - torch.where(",
+        "return logps + torch.where(",
+        (PREFERENCE + "test_orpo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/log_ratios.py",
+        "torch.expm1(exponents) / (alpha - 1.0)",
+        "torch.expm1(exponents) / alpha",
+        (PREFERENCE + "test_divergences_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/log_ratios.py",
+        "position <= other_lengths",
+        "position < other_lengths",
+        (PREFERENCE + "test_ld_weights_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/log_ratios.py",
+        "(token_logps - log_collisions)",
+        "(token_logps + log_collisions)",
+        (PREFERENCE + "test_wpo_weights_by_hand",),
     ),
     # PPO: the ratio upside down, half a clip, a clip around 0, a sign, a gradient through a metric.
     Mutant(
@@ -343,6 +428,74 @@ MUTANTS = [
         "ratio.clamp(1.0 - clip_low, 1.0 + clip_high)",
         "ratio.clamp(max=1.0 + clip_high)",
         (POLICY + "test_l1_by_hand",),
+    ),
+    # GRPO's relatives: a ratio of the wrong length, a weight that is learnt, a gradient lost or doubled.
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "return masked_mean(token_logps - old_token_logps, response_mask, dim=1).unsqueeze(1)",
+        "return (token_logps - old_token_logps).mean(1, keepdim=True)",
+        (POLICY + "test_gspo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "torch.exp(log_ratios + token_logps - token_logps.detach())",
+        "torch.exp(log_ratios + token_logps - old_token_logps)",
+        (POLICY + "test_gspo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "torch.exp(token_logps.detach() - old_token_logps).clamp",
+        "torch.exp(token_logps - old_token_logps).clamp",
+        (POLICY + "test_cispo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/losses/policy_gradient.py",
+        "clamp(1.0 - clip_low, 1.0 + clip_high)\n    return -weights",
+        "clamp(max=1.0 + clip_high)\n    return -weights",
+        (POLICY + "test_cispo_by_hand",),
+    ),
+    # Group advantages: the wrong divisor, float32 sums, one's own reward in one's baseline; weights of responses.
+    Mutant(
+        "rlhf/group_advantages.py",
+        "/ (rewards.shape[1] - 1)).sqrt()",
+        "/ rewards.shape[1]).sqrt()",
+        (GROUPS + "test_grpo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "return rewards.double().mean(1, keepdim=True)",
+        "return rewards.mean(1, keepdim=True)",
+        (GROUPS + "test_equal_rewards_have_advantages_of_exactly_zero",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "* (num / (num - 1))",
+        "* ((num - 1) / num)",
+        (GROUPS + "test_rloo_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "return masked_whiten(returns, response_mask).float()",
+        "return masked_whiten(returns, response_mask, shift_mean=False).float()",
+        (GROUPS + "test_reinforce_pp_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "gamma=1.0, lam=1.0)",
+        "gamma=1.0, lam=0.95)",
+        (GROUPS + "test_reinforce_pp_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "(lengths * counted).sum()",
+        "lengths.sum()",
+        (GROUPS + "test_weights_by_hand",),
+    ),
+    Mutant(
+        "rlhf/group_advantages.py",
+        "divisors = num * lengths",
+        "divisors = counted.sum() * lengths",
+        (GROUPS + "test_weights_by_hand",),
     ),
     Mutant(
         "rlhf/losses/policy_gradient.py",

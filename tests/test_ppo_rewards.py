@@ -110,7 +110,8 @@ def test_a_reward_over_http(world, tmp_path, monkeypatch):
 
 def test_process_rewards_reach_the_tokens(world, tmp_path, monkeypatch):
     """Every token earns 1: scores are the lengths, and with beta = 0 and gamma = lambda = 1 the return of token t of T
-    is T - t, with nothing left at the end; given as one score at the end instead, it is T everywhere.
+    is T - t, with nothing left at the end; given as one score at the end instead, it is T everywhere. Normalised, all
+    of it is divided by the deviation of the lengths, and still nothing is left.
     """
     body = "return [[1.0] * len(r['response_ids']) for r in rows]"
     spread, whole = (
@@ -125,12 +126,16 @@ def test_process_rewards_reach_the_tokens(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rlhf_ppo, "targets_of", watch)
     settings = {**WITHOUT_RM, "init_kl_coeff": 0.0, "gae_lambd": 1.0, "missing_eos": "keep"}
-    for name, argument in (("spread", spread), ("whole", whole)):
-        flags = flags_of(world, tmp_path / name, **settings, reward=[f"function:{argument}"])
+    for name, argument in (("spread", spread), ("whole", whole), ("normal", spread)):
+        changes = {"reward": [f"function:{argument}"], "normalize_rewards": name == "normal"}
+        flags = flags_of(world, tmp_path / name, **settings, **changes)
         watched = train(flags, monkeypatch)
         assert watched.train_lines()[0]["train/score"] == watched.train_lines()[0]["train/response_length"]
+    deviation = np.std([len(e.response) for e in watched.experiences[0]], ddof=1)
     for i, e in enumerate(watched.experiences[0]):
         n = len(e.response)
+        expected = [(n - t) / deviation if t < n else 0 for t in range(8)]
+        assert found["normal"].returns[i].tolist() == pytest.approx(expected, abs=1e-5)
         assert found["spread"].returns[i].tolist() == [n - t if t < n else 0 for t in range(8)]
         assert found["whole"].returns[i, : n + 1].tolist() == [n] * min(8, n + 1)
 

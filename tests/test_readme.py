@@ -25,8 +25,12 @@ from rlhf.pairwise import LOSS_TYPES
 from rlhf.rlhf_dpo import DPOFlags
 from rlhf.rlhf_dpo import main as dpo
 from rlhf.rlhf_evaluate import EvaluateFlags
+from rlhf.rlhf_grpo import GRPOFlags
+from rlhf.rlhf_grpo import main as grpo
 from rlhf.rlhf_kto import KTOFlags
 from rlhf.rlhf_kto import main as kto
+from rlhf.rlhf_online_dpo import OnlineDPOFlags
+from rlhf.rlhf_online_dpo import main as online_dpo
 from rlhf.rlhf_ppo import PPOFlags
 from rlhf.rlhf_ppo import main as ppo
 from rlhf.rlhf_rm import RMFlags
@@ -45,7 +49,10 @@ SCRIPTS = {
     "rlhf/rlhf_dpo.py": DPOFlags,
     "rlhf/rlhf_kto.py": KTOFlags,
     "rlhf/rlhf_evaluate.py": EvaluateFlags,
+    "rlhf/rlhf_grpo.py": GRPOFlags,
+    "rlhf/rlhf_online_dpo.py": OnlineDPOFlags,
 }
+NOT_IN_WHOLE_RUNS = {"rlhf/rlhf_grpo.py", "rlhf/rlhf_online_dpo.py"}
 SHELL = ("hh", "tldr")
 
 
@@ -144,11 +151,31 @@ def test_every_command_of_the_whole_runs_parses(name):
     ).stdout  # fmt: skip
     found = [line.removeprefix("+ ") for line in printed.splitlines()]
     flags = {script_and_flags(command)[0]: check_parses(command) for command in found}
-    assert set(SCRIPTS) <= set(flags)
-    assert all(flags[script].max_steps == 7 for script in SCRIPTS if script != "rlhf/rlhf_evaluate.py")
+    assert set(SCRIPTS) - NOT_IN_WHOLE_RUNS <= set(flags)
+    assert all(f.max_steps == 7 for script, f in flags.items() if script in set(SCRIPTS) - {"rlhf/rlhf_evaluate.py"})
     assert flags["rlhf/rlhf_ppo.py"].ppo_epochs == 2
     assert all(f.dataset_path == "sample" for script, f in flags.items() if script.startswith("data_prep"))
     assert not Path("somewhere").exists()
+
+
+def test_the_arithmetic_run_parses():
+    """C29: worked answers, then GRPO and RLOO on prompts that are checked, each in a folder of its own."""
+    environment = {**os.environ, "DRY_RUN": "1", "OUT": "somewhere", "RLOO_FLAGS": "--num_samples=3"}
+    environment.pop("MODEL", None)
+    printed = subprocess.run(
+        ["bash", str(ROOT / "experiments/arithmetic.sh"), "--max_steps=7"],
+        env=environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found = [check_parses(line.removeprefix("+ ")) for line in printed.splitlines()]
+    trained = {flags.experiment_dir: flags for flags in found if hasattr(flags, "experiment_dir")}
+    assert list(trained) == ["somewhere/sft", "somewhere/grpo", "somewhere/rloo"]
+    assert all(
+        flags.max_steps == 7 and "SmolLM2" in str(trained["somewhere/sft"].model_name) for flags in trained.values()
+    )
+    assert trained["somewhere/grpo"].advantage == "grpo"
+    assert trained["somewhere/rloo"].advantage == "rloo"
+    assert trained["somewhere/rloo"].num_samples == 3
+    assert trained["somewhere/grpo"].reward == ["numeric"]
 
 
 def test_several_devices_are_launched_by_fabric():
@@ -198,7 +225,7 @@ def loss_types(flags: type) -> tuple[str, ...]:
 
 def test_every_loss_type_and_every_loss_is_in_the_table():
     table = README.split("## Which loss is where")[1].split("\n## ")[0]
-    for script, flags in (("rm", RMFlags), ("dpo", DPOFlags), ("kto", KTOFlags)):
+    for script, flags in (("rm", RMFlags), ("dpo", DPOFlags), ("kto", KTOFlags), ("grpo", GRPOFlags)):
         for name in loss_types(flags):
             assert f"| `{name}` ({script}) |" in table
     listed = dict(re.findall(r"`(\w+_loss)`, `(rlhf/losses/\w+\.py)`", table))
@@ -237,6 +264,10 @@ def logged(tmp_path_factory) -> set[str]:
         (kto, KTOFlags, {"model_name": model, "loss_type": "bco", **sampling}),
         (ppo, PPOFlags, {"sft_experiment_dir": model, "rm_experiment_dir": reward, "rollout_size": 4, "ppo_epochs": 1,
                          "ptx_coef": 0.1, **sampling}),
+        (grpo, GRPOFlags, {"sft_experiment_dir": model, "rm_experiment_dir": reward, "rollout_size": 4,
+                           "num_samples": 2, "kl_coef": 0.1, **sampling}),
+        (online_dpo, OnlineDPOFlags, {"sft_experiment_dir": model, "rm_experiment_dir": reward, "rollout_size": 4,
+                                      **sampling}),
     )  # fmt: skip
     keys: set[str] = set()
     for main, flags, changes in runs:

@@ -52,7 +52,8 @@ LOGGED = {
     ),
     "dpo": (
         STEP | PAIRS | {f"train/{name}" for name in CHANGES} | {"train/chosen_nll"},
-        {"val/loss", "val/accuracy", "val/margin", "val/kl_k3_per_token"} | {f"val/{name}" for name in CHANGES},
+        {"val/loss", "val/accuracy", "val/margin", "val/chosen_nll", "val/kl_k3_per_token"}
+        | {f"val/{name}" for name in CHANGES},
     ),
     "kto": (
         STEP | PAIRS | {f"train/{name}" for name in CHANGES} | {"train/kl", "train/num_chosen", "train/num_rejected"},

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf import rlhf_dpo, rlhf_kto, rlhf_rm, rlhf_sft
+from rlhf import rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_rm, rlhf_sft
 from rlhf.experiment.run import Step
 
 SCRIPTS = {
@@ -20,6 +20,8 @@ SCRIPTS = {
     "rm": (rlhf_rm.main, rlhf_rm.RMFlags),
     "dpo": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
     "kto": (rlhf_kto.main, rlhf_kto.KTOFlags),
+    "grpo": (rlhf_grpo.main, rlhf_grpo.GRPOFlags),
+    "online_dpo": (rlhf_online_dpo.main, rlhf_online_dpo.OnlineDPOFlags),
 }
 
 
