@@ -331,6 +331,7 @@ MUTANTS = [
         "(below + not_above) / (2 * len(good) * len(bad))",
         "(below + below) / (2 * len(good) * len(bad))",
         ("tests/test_reports.py::test_auc_by_hand",),
+    ),
     # Its wider family: a lost factor, a side, a target, an order, a constant that is not one.
     Mutant(
         "rlhf/losses/preference.py",
