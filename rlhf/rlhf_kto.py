@@ -17,9 +17,9 @@ Deviations: (1) the mean is over the rows of the step, all devices together, and
 micro-batch. (2) A row that is alone in its step is paired with the response of the next row of the file. (3) delta is
 the mean over all rewards so far, each row once, as in TRL, and the step's own are in it; the paper's is the mean of
 the good responses' mean and the bad ones'. Where one label prevails it lies near that one's: read val/auc, not
-accuracy. (4) BCO's density-ratio weights for bad responses (section 4.2, "underlying distribution matching") are left
-out: they need a classifier of prompts, and rows whose prompts differ by label. (5) Where all responses of a step, or
-of the data, are of one label, the loss is that label's alone.
+accuracy. (4) BCO's density-ratio weights for bad responses ("underlying distribution matching") are left out: they
+need a classifier of prompts, and rows whose prompts differ by label. (5) Where all responses of a step, or of the
+data, are of one label, the loss is that label's alone.
 
 CPU: python rlhf/rlhf_kto.py --data_dir=data/hh --sft_experiment_dir=experiments/runs/sft --max_steps=100
 GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_kto.py --data_dir=data/hh \
@@ -325,7 +325,7 @@ def main(flags: KTOFlags) -> dict:
         forest = forest_of(train, pairs).to(run.device)
         return forest.per_branch(policy(forest)[0]) - train_reference.sums(pairs)
 
-    tokens = train.lengths("input_ids")
+    all_labels, tokens = train.labels, train.lengths("input_ids")
     response_lens = tokens - train.prompt_lens
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
@@ -342,14 +342,14 @@ def main(flags: KTOFlags) -> dict:
                 own = policy_logps.detach() - ref_logps
                 ratios.append(other_logps - train_reference.sums(batch.pairs) if batch.pairs else own)
                 point = point_of_reference(run, flags, rewards_so_far, ratios, step.weight)
-            labels, lengths = train.labels[batch.rows].to(run.device), batch.forest.target_mask.sum(1)
+            labels, lengths = all_labels[batch.rows].to(run.device), batch.forest.target_mask.sum(1)
             losses = row_losses(flags, policy_logps, ref_logps, labels, point)
             step.backward(losses.sum() / len(step.global_rows))
             measure(step.metrics, "train", flags, losses, policy_logps, ref_logps, labels, lengths, point, step.weight)
             step.num_tokens += batch.forest.num_tokens
             if flags.loss_type == "kto":
                 step.num_tokens += int(response_lens[[partner[i] for i in batch.rows]].sum())
-        num_chosen = int(train.labels[step.global_rows].sum())
+        num_chosen = int(all_labels[step.global_rows].sum())
         step.metrics.put("train/num_chosen", num_chosen)
         step.metrics.put("train/num_rejected", len(step.global_rows) - num_chosen)
         if flags.loss_type == "kto":

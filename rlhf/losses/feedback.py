@@ -23,9 +23,8 @@ def kto_kl(mismatched_log_ratios: Tensor) -> Tensor:
 
         z0 = max(0, mean_j [log pi(y_j | x_i) - log ref(y_j | x_i)]),    j != i
 
-    Ethayarajh et al. 2024 (arXiv 2402.01306), section 4.1. The mean is a biased estimate of KL(pi || ref), whose
-    samples would have to be the policy's; the paper takes the mismatched pairs because they cost no sampling. No
-    gradient flows.
+    Ethayarajh et al. 2024 (arXiv 2402.01306), the z0 of eq. 8. A biased estimate of KL(pi || ref), whose samples would
+    have to be the policy's own: mismatched pairs cost no sampling. No gradient flows.
 
     Args:
         mismatched_log_ratios: (B,) of every such pair of the step, or their mean as a scalar.
