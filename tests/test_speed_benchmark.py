@@ -92,12 +92,19 @@ def test_work_of_each_stage_by_hand():
     Pair: 5 tokens, 3 targets, 6 + 3 + 4 = 13 keys: forward 100 + 42 + 52 = 194, without logits 152.
     Sampled: 5 tokens, 3 targets, 1 + 2 + 3 + 4 + 5 = 15 keys: forward 100 + 42 + 60 = 202, without logits 160. PPO:
     2 forwards with and 2 without logits, policy and critic trained: (2 + 3) * 202 + (2 + 3) * 160 = 1810.
+    Two samples of 3: 8 tokens, 6 targets, 3 + 2 * 12 = 27 keys: forward 160 + 84 + 108 = 352; GRPO samples and trains.
+    KTO, responses of 1 and of 2 to prompts of 2: trained 3 * (98 + 148), and the other's response after each prompt:
+    2 tokens that see 3 and 4 keys, 40 + 28 + 28 = 96; 1 that sees 3, 46.
     """
     row = {"prompt_len": 2, "chosen_input_ids": torch.zeros(3), "rejected_input_ids": torch.zeros(4)}
     model = speed_work.Dimensions(trunk=10, head=7, layers=1, width=1)
     expected = {"sft": 3 * 98, "rm": 3 * 152, "dpo": 3 * 194, "dpo_long": 3 * 194, "rollouts": 202, "ppo": 1810}
     for stage, flops in expected.items():
-        assert speed_work.step_flops(stage, speed_work.step_work(stage, [row], 3), model) == flops, stage
+        assert speed_work.step_flops(stage, [row], 3, model) == flops, stage
+    for stage, flops in {"grpo": 4 * 352, "grpo_long": 3 * 352}.items():
+        assert speed_work.step_flops(stage, [row], 3, model, batch=2) == flops, stage
+    labelled = [{"prompt_len": 2, "input_ids": torch.zeros(n)} for n in (3, 4)]
+    assert speed_work.step_flops("kto", labelled, 3, model) == 3 * (98 + 148) + 96 + 46
 
 
 def test_long_rows_have_their_lengths_and_end_in_their_own_prompt(places):
@@ -192,7 +199,7 @@ def test_other_stages_and_scaling(places, tmp_path, monkeypatch, capsys):
         return {**answer, "matmul_flops_per_second": 1e9, "machine": speed_work.machine()}
 
     monkeypatch.setattr(speed.Benchmark, "run", run)
-    stages = ["rm", "dpo", "rollouts", "dpo_long"]
+    stages = ["rm", "dpo", "rollouts", "dpo_long", "kto", "grpo", "grpo_long"]
     given = {"stages": stages, "model_name": model, "scaling": True, "scaling_rows": 1, "scaling_repeats": 1}
     results = speed.main(flags_of(places, tmp_path, **given))
     for stage in stages:

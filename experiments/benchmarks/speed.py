@@ -9,8 +9,8 @@ batch, no gradient checkpointing, no evaluation and no writing of models. What t
 
 - seconds: median of the steps after `--warmup`; in the table the median over runs. The ratio is of these medians; its
   spread is from the smallest to the largest ratio of two runs that followed one another.
-- samples: rows, pairs or prompts; tokens: distinct real tokens (no padding; the prompt of a pair once), the same
-  number on both sides; for PPO and rollouts prompts and sampled tokens.
+- samples: rows, pairs, prompts or GRPO's responses; tokens: distinct real tokens (no padding; the prompt of a pair
+  once), the same number on both sides; where the stage samples, prompts and sampled tokens.
 - share: model FLOPs over time, of the machine's rate: the fastest of a few matrix products (speed_work.py has the
   formulas), measured at the end of the same run.
 - memory: the most that the process ever held, and what it held before the first step, models loaded.
@@ -21,9 +21,9 @@ is released. How malloc keeps freed memory (`rlhf/allocator.py`) is part of what
 samples and judges in float32; but as any program would gain from mending that, `--patched_runs` more runs give the
 peer our setting of malloc and, in PPO, bf16 throughout: the rows "peer, patched".
 
-Rows are grouped by length as the sampler of transformers does it, for both sides (PPO and rollouts: in file order;
-TRL's PPO has no such sampler). DPO's reference log-probabilities are stored on both sides, and computing them is not
-timed. On a CPU.
+Rows are grouped by length as the sampler of transformers does it, for both sides (where the stage samples: in file
+order; TRL's PPO has no such sampler). DPO's and KTO's reference log-probabilities are stored on both sides, and
+computing them is not timed. Of `grpo_long` the training pass is timed, not the sampling before it. On a CPU.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SpeedFlags:
     data_file: str | None = None
     """Instead: pairs of dialogues as data_prep/helpful_harmless/prepare_data.py reads them, or the word sample."""
     stages: list[str] = field(default_factory=lambda: list(speed_work.STAGES))
-    """Which of sft, rm, dpo, ppo, rollouts and dpo_long; may be empty beside --scaling."""
+    """Which of sft, rm, dpo, ppo, rollouts, dpo_long, kto, grpo and grpo_long; may be empty beside --scaling."""
     pairs_of_runs: int = 5
     """Runs of each side, in turn."""
     steps: int = 10
@@ -76,11 +76,11 @@ class SpeedFlags:
     warmup: int = 2
     """Steps before these."""
     ppo_steps: int = 3
-    """Steps timed in each run of PPO and rollouts."""
+    """Steps timed in each run of PPO, rollouts and GRPO."""
     ppo_warmup: int = 1
     """Steps before these."""
     batch: int = 8
-    """Rows or pairs of a step."""
+    """Rows or pairs of a step; GRPO: responses to one prompt."""
     ppo_batch: int = 16
     """Prompts of a step of PPO and rollouts."""
     new_tokens: int = 64
@@ -208,16 +208,19 @@ class Benchmark:
 
     def _plan(self, stage: str) -> dict[str, Any]:
         """Write the rows of a stage's runs; what each run is asked for, and the work of each timed step."""
-        flags, sampled = self.flags, stage in ("ppo", "rollouts")
-        batch = flags.ppo_batch if sampled else flags.batch
+        flags, sampled = self.flags, stage in speed_work.SAMPLED
+        batch = flags.ppo_batch if stage in ("ppo", "rollouts") else flags.batch
         steps, warmup = (flags.ppo_steps, flags.ppo_warmup) if sampled else (flags.steps, flags.warmup)
-        num = (steps + warmup) * batch
+        step_rows = 1 if stage in speed_work.GROUPS else batch
+        num = (steps + warmup) * step_rows
         rows = [self.rows[i % len(self.rows)] for i in range(num)]
-        if stage == "dpo_long":
+        if stage in speed_work.LONG:
             rows = speed_work.long_rows(self.rows, num, flags.seed)
+        if stage == "kto":
+            rows = [_feedback_row(row, good=i % 2 == 0) for i, row in enumerate(rows)]
         grouped = flags.order == "grouped" and not sampled
         if grouped:
-            first = warmup * batch
+            first = warmup * step_rows
             parts = (rows[:first], rows[first:])
             rows = [
                 row for part in parts if part for row in speed_work.grouped_by_length(part, stage, batch, flags.seed)
@@ -226,7 +229,7 @@ class Benchmark:
         if stage == "sft":
             write_split(data, "finetune", "train", [_finetune_row(row) for row in rows])
         else:
-            write_split(data, "preference", "train", rows)
+            write_split(data, "feedback" if stage == "kto" else "preference", "train", rows)
         request = {
             "stage": stage,
             "model": self.model_name,
@@ -239,10 +242,7 @@ class Benchmark:
             "flags": dict(item.split("=", 1) for item in flags.our_flags),
             "rate_seconds": flags.rate_seconds,
         }
-        timed = [
-            speed_work.step_work(stage, rows[i : i + batch], flags.new_tokens)
-            for i in range(warmup * batch, num, batch)
-        ]
+        timed = [rows[i : i + step_rows] for i in range(warmup * step_rows, num, step_rows)]
         if stage == "ppo" and not Path(request["reward_model"]).exists():
             self.run("ours", {**request, "stage": "reward_model"})
         return {
@@ -251,8 +251,8 @@ class Benchmark:
             "steps": steps,
             "batch": batch,
             "order": "grouped by length" if grouped else "as in the file",
-            "tokens": [work.tokens for work in timed],
-            "flops": [speed_work.step_flops(stage, work, self.model) for work in timed],
+            "tokens": [speed_work.step_work(stage, step, flags.new_tokens, batch).tokens for step in timed],
+            "flops": [speed_work.step_flops(stage, step, flags.new_tokens, self.model, batch) for step in timed],
         }
 
     def _tune(self, stage: str, plan: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -357,6 +357,12 @@ def _finetune_row(row: dict[str, Any]) -> dict[str, Any]:
     targets = row["chosen_input_ids"].clone()
     targets[: row["prompt_len"]] = IGNORE_INDEX
     return {"prompt_len": row["prompt_len"], "input_ids": row["chosen_input_ids"], "targets": targets}
+
+
+def _feedback_row(row: dict[str, Any], *, good: bool) -> dict[str, Any]:
+    """One side of a pair as a row of labelled responses."""
+    side = "chosen" if good else "rejected"
+    return {"prompt_len": row["prompt_len"], "input_ids": row[f"{side}_input_ids"], "label": good}
 
 
 def _prepare(flags: SpeedFlags, model_name: str, folder: str) -> None:

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from experiments.benchmarks import speed_work
-from rlhf import evaluation, rlhf_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
+from rlhf import evaluation, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_ppo, rlhf_rm, rlhf_sft
 from rlhf.allocator import keep_freed_memory
 from rlhf.experiment.run import Run
 from rlhf.flags import ModelFlags, parse
@@ -30,6 +30,9 @@ SCRIPTS = {
     "dpo": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
     "dpo_long": (rlhf_dpo.main, rlhf_dpo.DPOFlags),
     "ppo": (rlhf_ppo.main, rlhf_ppo.PPOFlags),
+    "kto": (rlhf_kto.main, rlhf_kto.KTOFlags),
+    "grpo": (rlhf_grpo.main, rlhf_grpo.GRPOFlags),
+    "grpo_long": (rlhf_grpo.main, rlhf_grpo.GRPOFlags),
 }
 
 
@@ -45,6 +48,18 @@ def settings(request: dict[str, Any]) -> dict[str, Any]:
         "disable_dropout": True,
         "lr_schedule": "constant",
     }
+    if request["stage"] in speed_work.GROUPS:
+        return {
+            **shared,
+            "learning_rate": 1e-6,
+            "mini_batch_size": 1,
+            "micro_batch_size": 1,
+            "rollout_size": 1,
+            "num_samples": batch,
+            "max_new_tokens": request["new_tokens"],
+            "reward": "length:200",
+            **request["flags"],
+        }
     if request["stage"] != "ppo":
         return {**shared, "learning_rate": 1e-6, **request["flags"]}
     return {
@@ -75,14 +90,17 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
         "devices": 1,
         **settings(request),
     }
-    if request["stage"] == "ppo":
+    if request["stage"] in speed_work.GROUPS:
+        given["sft_experiment_dir"] = request["model"]
+    elif request["stage"] == "ppo":
         given.update(sft_experiment_dir=request["model"], rm_experiment_dir=request["reward_model"])
     else:
         given["model_name"] = request["model"]
     with _measured() as found:
         main(parse(flags_class, [f"--{name}={value}" for name, value in given.items()]))
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {"step_seconds": [line["perf/step_seconds"] for line in lines if "perf/step_seconds" in line], **found}
+    name = "perf/train_seconds" if request["stage"] == "grpo_long" else "perf/step_seconds"
+    return {"step_seconds": [line[name] for line in lines if name in line], **found}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -36,6 +37,9 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "dpo": {},
     "dpo_long": {"accumulation": [4, 1]},
     "ppo": {"accumulation": [1, 4]},
+    "kto": {},
+    "grpo": {},
+    "grpo_long": {},
     "rollouts": {"weights": ["bfloat16", "float32"], "cache": ["dynamic", "static"]},
 }
 """What may make the peer faster on a stage (or let it fit into memory), tried in this order; `accumulation`: cuts of a
@@ -106,10 +110,20 @@ def settings(request: dict[str, Any]) -> dict[str, Any]:
             "temperature": 1.0,
             "adam_epsilon": 1e-5,
         }
+    if stage in speed_work.GROUPS:
+        return {
+            **arguments,
+            "num_generations": batch,
+            "max_completion_length": request["new_tokens"],
+            "generation_kwargs": {"min_new_tokens": request["new_tokens"]},
+            "beta": 0.0,
+            "shuffle_dataset": False,
+            "disable_dropout": True,
+        }
     arguments["max_length"] = None
     if stage == "sft":
         return {**arguments, "loss_type": chosen["loss_type"], "padding_free": chosen["padding_free"]}
-    if stage in ("dpo", "dpo_long"):
+    if stage in ("dpo", "dpo_long", "kto"):
         arguments.update(precompute_ref_log_probs=True, precompute_ref_batch_size=max(1, batch // 4))
     return {**arguments, "disable_dropout": True}
 
@@ -158,6 +172,73 @@ def train(request: dict[str, Any]) -> dict[str, Any]:
             processing_class=tokenizer,
             callbacks=[clock],
         )
+    trainer.train()
+    return _found(clock)
+
+
+def _tokens_of_text(_, text: str, **__: Any) -> dict[str, list[int]]:
+    return {"input_ids": [int(word) for word in text.split() if word.isdigit()]}
+
+
+def train_kto(request: dict[str, Any]) -> dict[str, Any]:
+    """TRL's KTO trainer, whose preparation pairs prompts with other responses: its rows are text of token numbers."""
+    import trl
+
+    clock, rows = Clock(), []
+    for row in torch.load(Path(request["data_dir"]) / "feedback_train.pt", weights_only=True):
+        n, words = row["prompt_len"], [str(token) for token in row["input_ids"].tolist()]
+        rows.append({"prompt": " ".join(words[:n]) + " ", "completion": " ".join(words[n:]), "label": row["label"]})
+    with mock.patch("trl.trainer.kto_trainer._tokenize", _tokens_of_text), _autocast(request["precision"]):
+        trainer = trl.KTOTrainer(
+            model=_load(AutoModelForCausalLM, request["model"], request),
+            args=trl.KTOConfig(output_dir=str(Path(request["work"]) / "run"), **settings(request)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=_tokenizer(request["model"]),
+            callbacks=[clock],
+        )
+    trainer.train()
+    return _found(clock)
+
+
+def train_grpo(request: dict[str, Any]) -> dict[str, Any]:
+    """TRL's GRPO trainer without a reference; the reward is the length of the text."""
+    import trl
+
+    clock, tokenizer = Clock(), _tokenizer(request["model"], padding_side="left")
+    prompts = [{"prompt": tokenizer.decode(ids)} for step in speed_work.prompts_of_steps(request) for ids in step]
+
+    class Timed(trl.GRPOTrainer):
+        """The trainer; `apart` are the seconds that a step spends before its training pass."""
+
+        apart = 0.0
+
+        def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            inputs = super()._prepare_inputs(*args, **kwargs)
+            speed_work.check_lengths(inputs["completion_mask"].sum(1).tolist(), request)
+            self.apart += time.perf_counter() - began
+            return inputs
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    class Training(Clock):
+        """Seconds of every step's training pass alone."""
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_step_end(*args, **kwargs)
+            self.seconds[-1] -= trainer.apart
+            trainer.apart = 0.0
+
+    clock = Training() if request["stage"] == "grpo_long" else clock
+    trainer = Timed(
+        model=_load(AutoModelForCausalLM, request["model"], request),
+        reward_funcs=reward,
+        args=trl.GRPOConfig(output_dir=str(Path(request["work"]) / "run"), **settings(request)),
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
     trainer.train()
     return _found(clock)
 
@@ -278,7 +359,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     if request["settings"]["patched"]:
         keep_freed_memory()
-    return {"rollouts": sample, "ppo": train_ppo}.get(request["stage"], train)(request)
+    kinds = {"rollouts": sample, "ppo": train_ppo, "kto": train_kto, "grpo": train_grpo, "grpo_long": train_grpo}
+    return kinds.get(request["stage"], train)(request)
 
 
 if __name__ == "__main__":

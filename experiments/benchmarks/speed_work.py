@@ -25,9 +25,13 @@ from typing import Any
 import torch
 
 PAIR_STAGES = ("rm", "dpo", "dpo_long")
-STAGES = ("sft", "rm", "dpo", "ppo", "rollouts", "dpo_long")
+STAGES = ("sft", "rm", "dpo", "ppo", "rollouts", "dpo_long", "kto", "grpo", "grpo_long")
+SAMPLED = ("ppo", "rollouts", "grpo", "grpo_long")
+GROUPS = ("grpo", "grpo_long")
+"""Stages whose batch is the responses to one prompt; of `grpo_long` the training pass alone counts."""
+LONG = ("dpo_long", "grpo_long")
 LONG_PROMPT, LONG_RESPONSE = (900, 1000), 50
-"""Tokens of the prompts (from, to) and of every response of `dpo_long`."""
+"""Tokens of the prompts (from, to) and of every response of `dpo_long`; `grpo_long` has the same prompts."""
 MATRICES = ((1024, 576, 1536), (2048, 2048, 2048), (1024, 2048, 4096))
 """Products (m, k, n) of which the fastest is the machine's rate."""
 
@@ -88,30 +92,51 @@ def path_work(prompt: int, *branches: int) -> Work:
     return Work(prompt + sum(branches), sum(branches), visible)
 
 
-def step_work(stage: str, rows: Sequence[dict[str, Any]], new_tokens: int) -> Work:
-    """The distinct tokens of one step over these rows; PPO and rollouts add `new_tokens` to each prompt."""
+def step_work(stage: str, rows: Sequence[dict[str, Any]], new_tokens: int, batch: int = 1) -> Work:
+    """The distinct tokens of one step over these rows.
+
+    PPO and rollouts add `new_tokens` to each prompt, GRPO `batch` times as many; KTO the response of the row before.
+    """
     total = Work()
-    for row in rows:
-        prompt, chosen = row["prompt_len"], len(row["chosen_input_ids"]) - row["prompt_len"]
-        if stage == "sft":
-            total += path_work(prompt, chosen)
-        elif stage in PAIR_STAGES:
-            total += path_work(prompt, chosen, len(row["rejected_input_ids"]) - prompt)
-        else:
+    for i, row in enumerate(rows):
+        prompt = row["prompt_len"]
+        if stage == "kto":
+            total += path_work(prompt, len(row["input_ids"]) - prompt, _response_len(rows[i - 1]))
+        elif stage in GROUPS:
+            total += path_work(prompt, *[new_tokens] * batch)
+        elif stage in ("ppo", "rollouts"):
             total += path_work(prompt, new_tokens)
+        elif stage == "sft":
+            total += path_work(prompt, len(row["chosen_input_ids"]) - prompt)
+        else:
+            total += path_work(prompt, *(len(row[f"{side}_input_ids"]) - prompt for side in ("chosen", "rejected")))
     return total
 
 
-def step_flops(stage: str, work: Work, model: Dimensions) -> int:
+def _response_len(row: dict[str, Any]) -> int:
+    return len(row["input_ids"]) - row["prompt_len"]
+
+
+def step_flops(stage: str, rows: Sequence[dict[str, Any]], new_tokens: int, model: Dimensions, batch: int = 1) -> int:
     """Model FLOPs of one step.
 
     PPO: sampling and the reference (a forward pass with logits each), the old values and the rewards (without),
-    the policy trained with logits and the critic without.
+    the policy trained with logits and the critic without. GRPO: sampling and training. KTO: training on the row's own
+    response, and a forward pass of the other.
     """
+    work = step_work(stage, rows, new_tokens, batch)
     if stage == "rollouts":
         return work.flops(model, backward=False)
     if stage == "rm":
         return work.flops(model, head=False)
+    if stage == "grpo":
+        return work.flops(model, backward=False) + work.flops(model)
+    if stage == "kto":
+        own = Work()
+        for row in rows:
+            own += path_work(row["prompt_len"], _response_len(row))
+        other = Work(work.tokens - own.tokens, work.targets - own.targets, work.visible - own.visible)
+        return own.flops(model) + other.flops(model, backward=False)
     if stage == "ppo":
         judged = 2 * work.flops(model, backward=False) + 2 * work.flops(model, backward=False, head=False)
         return judged + work.flops(model) + work.flops(model, head=False)
@@ -134,7 +159,9 @@ def grouped_by_length(rows: list[dict[str, Any]], stage: str, batch: int, seed: 
     """The order that `train_sampling_strategy="group_by_length"` of transformers gives these rows."""
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    columns = ("chosen_input_ids",) if stage == "sft" else ("chosen_input_ids", "rejected_input_ids")
+    columns = {"sft": ("chosen_input_ids",), "kto": ("input_ids",)}.get(
+        stage, ("chosen_input_ids", "rejected_input_ids")
+    )
     lengths = [max(len(row[c]) for c in columns) for row in rows]
     order = get_length_grouped_indices(lengths, batch, generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order]
@@ -173,7 +200,8 @@ def prompts_of_steps(request: dict[str, Any]) -> list[list[torch.Tensor]]:
     """The prompts of each step of a run, in the order of its data."""
     rows = torch.load(Path(request["data_dir"]) / "preference_train.pt", weights_only=True)
     prompts = [row["chosen_input_ids"][: row["prompt_len"]] for row in rows]
-    return [prompts[i : i + request["batch"]] for i in range(0, len(prompts), request["batch"])]
+    num = 1 if request["stage"] in GROUPS else request["batch"]
+    return [prompts[i : i + num] for i in range(0, len(prompts), num)]
 
 
 def check_lengths(lengths: Sequence[int], request: dict[str, Any]) -> None:
