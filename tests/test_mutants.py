@@ -254,8 +254,8 @@ MUTANTS = [
     # DPO and its relatives: the reference's side, the smoothed side, IPO's target, the hinge's sign.
     Mutant(
         "rlhf/losses/preference.py",
-        "beta * (policy_logps - ref_logps)\n",
-        "beta * (policy_logps + ref_logps)\n",
+        "return beta * (policy_logps - ref_logps)",
+        "return beta * (policy_logps + ref_logps)",
         (PREFERENCE + "test_implicit_rewards_by_hand",),
     ),
     Mutant(
