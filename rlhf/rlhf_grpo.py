@@ -218,8 +218,8 @@ def sample_groups(
     num, wanted, rows = flags.num_samples, len(step.global_rows), step.global_rows
     others: list[int] = []
     if flags.max_resamples:
-        order = epoch_order(len(prompts), seed=flags.seed + run.step_index, epoch=0, shuffle=True)
-        others = [i for i in order.tolist() if i not in set(rows)]
+        order, tried = epoch_order(len(prompts), seed=flags.seed + run.step_index, epoch=0, shuffle=True), set(rows)
+        others = [i for i in order.tolist() if i not in tried]
     experiences: list[Experience] = []
     kept: list[int] = []
     for _ in range(1 + flags.max_resamples):
