@@ -59,7 +59,7 @@ FROZEN = {
     | _names("sft_experiment_dir reference loss_type beta label_smoothing reference_free sft_coef max_chosen_drop")
     | _names("loss_weights f_divergence f_divergence_alpha length_normalize ld_alpha wpo_weighting discopop_tau")
     | _names("cpo_alpha simpo_gamma orpo_lambda ref_update_interval ref_mixup"),
-    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS,
+    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS | {"judge"},
     GRPOFlags: SHARED
     | GENERATION
     | REWARD
