@@ -12,7 +12,8 @@ Deviations: (1) losses are means over all tokens of a mini-batch on all devices,
 its clipping. (3) The end state has a column where the response is shorter than `--max_new_tokens`, whatever the
 longest response of the batch. (4) The log-ratio is clamped to +-20 before the exponential. (5) Advantages are
 whitened over the whole rollout on all devices unless `--advantage_scope` says otherwise. (6) The critic starts at
-the reward model's normalised score, not at its raw one.
+the reward model's normalised score (times its weight in `--reward`), not at its raw one. (7) Where a reward is spread
+over tokens, each earns its part there, and the end earns the rest of the score.
 
 CPU: python rlhf/rlhf_ppo.py --data_dir=data/hh --sft_experiment_dir=experiments/runs/sft \
      --rm_experiment_dir=experiments/runs/rm --rollout_size=16 --max_steps=50
