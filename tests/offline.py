@@ -118,14 +118,15 @@ def dpo_numbers(
             losses.append(-(1 - e) * F.logsigmoid(beta * margin) - e * F.logsigmoid(-beta * margin))
     pairs = list(zip(rewards["chosen"], rewards["rejected"], strict=True))
     loss = torch.stack(losses).mean() + sft_coef * nll / tokens["chosen"]
+    change = "logp_per_token" if reference is None else "logp_change_per_token"
     return loss, {
         "train/loss": loss.item(),
         "train/accuracy": sum(c > r for c, r in pairs) / len(pairs),
         "train/margin": sum(c - r for c, r in pairs) / len(pairs),
         "train/chosen_reward": sum(rewards["chosen"]) / len(pairs),
         "train/rejected_reward": sum(rewards["rejected"]) / len(pairs),
-        "train/chosen_logp_change_per_token": changes["chosen"] / tokens["chosen"],
-        "train/rejected_logp_change_per_token": changes["rejected"] / tokens["rejected"],
+        f"train/chosen_{change}": changes["chosen"] / tokens["chosen"],
+        f"train/rejected_{change}": changes["rejected"] / tokens["rejected"],
         "train/chosen_nll": nll.item() / tokens["chosen"],
     }
 

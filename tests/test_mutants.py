@@ -253,8 +253,8 @@ MUTANTS = [
     # DPO and its relatives: the reference's side, the smoothed side, IPO's target, the hinge's sign.
     Mutant(
         "rlhf/losses/preference.py",
-        "beta * (policy_logps - ref_logps)\n",
-        "beta * (policy_logps + ref_logps)\n",
+        "return beta * (policy_logps - ref_logps)",
+        "return beta * (policy_logps + ref_logps)",
         (PREFERENCE + "test_implicit_rewards_by_hand",),
     ),
     Mutant(
@@ -274,91 +274,6 @@ MUTANTS = [
         "1.0 - beta * margin",
         "1.0 + beta * margin",
         (PREFERENCE + "test_hinge_by_hand",),
-    ),
-    # Its wider family: a lost factor, a side, a target, an order, a constant that is not one.
-    Mutant(
-        "rlhf/losses/preference.py",
-        "/ (1.0 - 2.0 * label_smoothing)",
-        "/ (1.0 - label_smoothing)",
-        (PREFERENCE + "test_robust_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/preference.py",
-        "math.log1p(-label_smoothing)",
-        "math.log1p(label_smoothing)",
-        (PREFERENCE + "test_exo_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/preference.py",
-        "torch.sigmoid(-logits / tau)",
-        "torch.sigmoid(logits / tau)",
-        (PREFERENCE + "test_discopop_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/anchored.py",
-        "F.logsigmoid(-beta * rejected_log_ratios)",
-        "F.logsigmoid(beta * rejected_log_ratios)",
-        (PREFERENCE + "test_bco_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/anchored.py",
-        "F.logsigmoid(-chosen) + F.logsigmoid(-rejected)",
-        "F.logsigmoid(chosen) + F.logsigmoid(-rejected)",
-        (PREFERENCE + "test_nca_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/anchored.py",
-        "torch.sigmoid(-beta * margin)",
-        "torch.sigmoid(beta * margin)",
-        (PREFERENCE + "test_apo_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/anchored.py",
-        "target = 0.5 / beta",
-        "target = 1.0 / beta",
-        (PREFERENCE + "test_sppo_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/transport.py",
-        "values.argsort().argsort()",
-        "values.argsort()",
-        (PREFERENCE + "test_aot_is_dpo_where_ranks_agree", PREFERENCE + "test_aot_unpaired_by_hand"),
-    ),
-    Mutant(
-        "rlhf/losses/transport.py",
-        "(rejected_side - rejected_side.detach())",
-        "rejected_side",
-        (PREFERENCE + "test_aot_unpaired_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/reference_free.py",
-        "rejected_mean_logps + gamma / beta",
-        "rejected_mean_logps + gamma",
-        (PREFERENCE + "test_simpo_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/reference_free.py",
-        "return logps - torch.where(",
-        "return logps + torch.where(",
-        (PREFERENCE + "test_orpo_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/log_ratios.py",
-        "torch.expm1(exponents) / (alpha - 1.0)",
-        "torch.expm1(exponents) / alpha",
-        (PREFERENCE + "test_divergences_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/log_ratios.py",
-        "position <= other_lengths",
-        "position < other_lengths",
-        (PREFERENCE + "test_ld_weights_by_hand",),
-    ),
-    Mutant(
-        "rlhf/losses/log_ratios.py",
-        "(token_logps - log_collisions)",
-        "(token_logps + log_collisions)",
-        (PREFERENCE + "test_wpo_weights_by_hand",),
     ),
     # PPO: the ratio upside down, half a clip, a clip around 0, a sign, a gradient through a metric.
     Mutant(

@@ -23,6 +23,7 @@ def matched_by_rank(values: Tensor, others: Tensor) -> Tensor:
     Returns:
         (N,) `others`, in the order of `values`.
 
+    >>> import torch
     >>> matched_by_rank(torch.tensor([5.0, 1.0, 3.0]), torch.tensor([10.0, 30.0, 20.0]))
     tensor([30., 10., 20.])
     """
@@ -49,6 +50,7 @@ def aot_loss(
     Returns:
         (B,)
 
+    >>> import torch
     >>> aot_loss(torch.tensor([5.0]), torch.tensor([0.0]), beta=0.1)
     tensor([0.4741])
     """
@@ -83,6 +85,7 @@ def aot_unpaired_loss(
     Returns:
         (B,)
 
+    >>> import torch
     >>> chosen, rejected = torch.tensor([2.0]), torch.tensor([-3.0])
     >>> aot_unpaired_loss(chosen, rejected, rejected, chosen, beta=0.1)
     tensor([0.4741])
