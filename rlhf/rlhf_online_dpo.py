@@ -4,8 +4,9 @@
 
 (Guo et al. 2024, arXiv 2402.04792, algorithm 1; Rafailov et al. 2023, arXiv 2305.18290, eq. 7), or any loss of
 `rlhf/pairwise.py` that looks at one pair at a time. y_b and y_w are the highest and the lowest rewarded of
-`--num_samples` responses. The prompt is the trunk, they are the branches. With `--ref_update_interval=N --ref_mixup=1`
-the reference is renewed every N steps: iterative DPO, in rounds of N steps (Xu et al. 2023, arXiv 2312.16682).
+`--num_samples` responses, or the better and the worse of two where `--judge` compares them. The prompt is the trunk,
+they are the branches. With `--ref_update_interval=N --ref_mixup=1` the reference is renewed every N steps: iterative
+DPO, in rounds of N steps (Xu et al. 2023, arXiv 2312.16682).
 
 Deviations: (1) a prompt whose responses all have one reward makes no pair; the paper's annotator and TRL call one of
 them the better. (2) IPO compares means over tokens, as in `rlhf_dpo.py`; TRL's online trainer sums. (3) The
@@ -33,7 +34,7 @@ from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, collect, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.reference import MovingReference
-from rlhf.experiment.run import start_experiment
+from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
     BatchFlags,
     DataFlags,
@@ -52,6 +53,7 @@ from rlhf.models.loading import load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
 from rlhf.pairwise import PairLossFlags, chosen_nll, pair_logps, pair_losses
+from rlhf.rewards.judge import Judge, load_judge
 from rlhf.rewards.mix import load_rewards
 from rlhf.trees.batches import epoch_order
 from rlhf.trees.forest import Forest, Tree
@@ -86,6 +88,9 @@ class OnlineDPOFlags(
     """Responses that are decoded at once."""
     rollout_epochs: int = 1
     """Passes over the pairs of one step, each in a new order."""
+    judge: str | None = None
+    """Function FILE.py:NAME or MODULE:NAME that compares the two responses to a prompt in the place of their rewards:
+    judge(prompts, first, second, rows) returns for each 0 (the first is better), 1, or -1 (neither)."""
     missing_eos_penalty: float = 0.0
     """Taken off the reward of a response without EOS."""
     eval_temperature: float = 0.01
@@ -103,6 +108,8 @@ class OnlineDPOFlags(
         check_on_policy(self, "online DPO")
         if self.num_samples < 2:
             raise UserError(f"--num_samples={self.num_samples} makes no pair; it must be 2 or more")
+        if self.judge and (self.num_samples != 2 or self.missing_eos_penalty):
+            raise UserError("--judge compares two responses, and no rewards: leave --num_samples=2 and no penalty")
         if self.sorts or self.path_nll_coef:
             raise UserError(
                 f"--loss_type {' '.join(self.loss_type)}: aot, aot_unpaired and orpo need more than the two responses "
@@ -128,6 +135,19 @@ def pairs_of(experiences: list[Experience], flags: OnlineDPOFlags) -> list[Pair]
         if row[best] > row[worst]:
             found.append((experiences[g * flags.num_samples + best], experiences[g * flags.num_samples + worst]))
     return found
+
+
+def pairs_judged(run: Run, judge: Judge, experiences: list[Experience], rows: list[int]) -> list[Pair]:
+    """The better and the worse of two responses to each prompt of `rows`; none where the judge finds neither better.
+
+    The devices share the comparisons; each returns all pairs, in the order of `rows`.
+    """
+    mine = list(range(run.rank, len(rows), run.world_size))
+    first, second = ([experiences[2 * g + side].response for g in mine] for side in (0, 1))
+    verdicts = judge(first, second, [rows[g] for g in mine])
+    found = dict(run.gather(list(zip(mine, verdicts, strict=True))))
+    decided = [(g, found[g]) for g in range(len(rows)) if found[g] >= 0]
+    return [(experiences[2 * g + better], experiences[2 * g + 1 - better]) for g, better in decided]
 
 
 def shaped_scores(experiences: list[Experience], flags: OnlineDPOFlags) -> Tensor:
@@ -164,6 +184,9 @@ def main(flags: OnlineDPOFlags) -> dict:
     rewards = load_rewards(
         flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
     )
+    judge = None
+    if flags.judge:
+        judge = load_judge(flags.judge, prompts, tokenizer, timeout=flags.reward_timeout, gather=run.gather)
     actor = run.setup(roles.actor)
     if roles.reference is not None:
         run.fabric.to_device(roles.reference)
@@ -202,7 +225,10 @@ def main(flags: OnlineDPOFlags) -> dict:
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
-        pairs = pairs_of(experiences, flags)
+        if judge is None:
+            pairs = pairs_of(experiences, flags)
+        else:
+            pairs = pairs_judged(run, judge, experiences, step.global_rows)
         measure_samples(step, stack(experiences, flags.max_new_tokens))
         step.metrics.put("train/shaped_score", shaped_scores(experiences, flags).mean().item())
         step.metrics.put("train/pairs", len(pairs))

@@ -39,6 +39,19 @@ def by_token(prompts, responses, rows):
 def distinct(prompts, responses, rows):
     """`even`, and a millionth of the sum of the ids, so that no two responses score the same."""
     return [score + 1e-6 * sum(row["response_ids"]) for row, score in zip(rows, even(prompts, responses, rows))]
+
+
+def judge(prompts, first, second, rows):
+    """The response with more spaces is better; with as many, neither."""
+    return [-1 if a.count(" ") == b.count(" ") else int(b.count(" ") > a.count(" ")) for a, b in zip(first, second)]
+
+
+def broken_judge(prompts, first, second, rows):
+    raise KeyError("no verdict")
+
+
+def undecided_judge(prompts, first, second, rows):
+    return [0.5] * len(rows)
 '''
 
 

@@ -63,7 +63,7 @@ FROZEN = {
     KTOFlags: SHARED
     | GENERATION
     | _names("sft_experiment_dir reference loss_type beta desirable_weight undesirable_weight max_chosen_drop"),
-    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS,
+    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS | {"judge"},
     GRPOFlags: SHARED
     | GENERATION
     | REWARD

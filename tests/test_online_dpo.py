@@ -45,6 +45,7 @@ def flags_of(world: World, folder: Path | str, **changes: Any) -> OnlineDPOFlags
     ("given", "complaint"),
     [
         ({"num_samples": 1}, "--num_samples=1 makes no pair"),
+        ({"judge": "f.py:f", "num_samples": 3}, "--judge compares two responses"),
         ({"loss_type": ["aot"]}, "--loss_type aot: aot, aot_unpaired and orpo need more"),
         ({"loss_type": ["orpo"], "beta": 0.1}, "--loss_type orpo: aot, aot_unpaired and orpo need more"),
         ({"loss_type": ["dpo"]}, "dpo is none of sigmoid"),
@@ -119,6 +120,42 @@ def test_equal_rewards_make_no_pair_and_teach_nothing(world, tmp_path):
     assert watched.gradients == []
     before, after = (load_file(Path(f) / "model.safetensors") for f in (world.sft, tmp_path / "run" / "final"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_judge_decides(world, tmp_path, monkeypatch):
+    """The pairs are the judge's, whatever the rewards: the response with more spaces first, none where it is a tie."""
+    seen = []
+    judged = rlhf_online_dpo.pairs_judged
+    monkeypatch.setattr(rlhf_online_dpo, "pairs_judged", lambda *args: seen.append(judged(*args)) or seen[-1])
+    flags = flags_of(world, tmp_path / "run", judge=f"{world.rewards}:judge", rollout_size=12, mini_batch_size=12)
+    watched = train(rlhf_online_dpo, flags)
+    decode = tokenizer_for().decode
+    spaces = [decode(e.response, skip_special_tokens=True).count(" ") for e in watched.experiences[0]]
+    expected = []
+    for g in range(12):
+        if spaces[2 * g] != spaces[2 * g + 1]:
+            better = int(spaces[2 * g + 1] > spaces[2 * g])
+            expected.append((2 * g + better, 2 * g + 1 - better))
+    assert [(best.position, worst.position) for best, worst in seen[0]] == expected
+    assert 0 < len(expected) < 12
+    assert {better % 2 for better, _ in expected} == {0, 1}
+    assert watched.train_lines()[0]["train/pairs"] == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (
+            "broken_judge",
+            r"the judge broken_judge failed on rows 0 to \d+ of .*prompts_train.* \(KeyError: 'no verdict'\)",
+        ),
+        ("undecided_judge", r"the judge undecided_judge returned \[0.5, .* for 4 pairs"),
+        ("no_judge", "has no function 'no_judge'"),
+    ],
+)
+def test_a_judge_that_fails_is_named(name, complaint, world, tmp_path):
+    with pytest.raises(UserError, match=complaint):
+        train(rlhf_online_dpo, flags_of(world, tmp_path / "run", judge=f"{world.rewards}:{name}", shuffle=False))
 
 
 def test_the_cut_of_a_step_changes_nothing(world, tmp_path):
