@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.flex import fused_attention, works_on
 from rlhf.models.products import forest_attention
 from rlhf.trees.forest import Forest
 from rlhf.trees.masks import Block, Slices, attention_plan, branch_blocks, causal_mask, dense_blocks
@@ -56,6 +57,10 @@ def active_plan() -> Attending | None:
     return _active.get()
 
 
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 class TreeAttention:
     """Attention of every packed token to its ancestors: the training forward.
 
@@ -68,9 +73,12 @@ class TreeAttention:
 
     def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
         self.windows.add(window)
-        if query.device.type == "cpu" and not dropout and softcap is None:
+        if on_cpu(query) and not dropout and softcap is None:
             blocks = dense_blocks(self.forest, window, query.dtype)
             return forest_attention(blocks, query, key, value, scaling=scaling)
+        if not on_cpu(query) and not dropout and works_on(query.device, query.dtype, query.shape[-1]):
+            options = {"window": window, "scaling": scaling, "softcap": softcap}
+            return fused_attention(self.forest, query, key, value, **options)
         blocks = attention_plan(self.forest, window, query.dtype)
         return _attend_blocks(blocks, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
 
@@ -118,7 +126,7 @@ class BranchAttention:
         keys, values = self.layers[id(layer)]
         query, key, value = self._placed(query, None), self._placed(key, keys), self._placed(value, values)
         blocks = branch_blocks(self.forest, window, query.dtype)
-        if query.device.type == "cpu" and not dropout and softcap is None:
+        if on_cpu(query) and not dropout and softcap is None:
             return forest_attention(blocks, query, key, value, scaling=scaling)[:, self.fresh]
         return _attend_blocks(blocks, query, key, value, scaling=scaling, dropout=dropout, softcap=softcap)
 
