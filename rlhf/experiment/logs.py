@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -30,8 +31,8 @@ class Logs:
         self._logger = _make_logger(logger, folder, script)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl; the logger gets the same numbers."""
-        _append(self._metrics, {"step": step, **values})
+        """One line of metrics.jsonl, null for what is not finite (JSON has no NaN); the logger gets the numbers."""
+        _append(self._metrics, {"step": step, **{n: x if math.isfinite(x) else None for n, x in values.items()}})
         if self._logger is not None:
             self._logger.log_metrics(values, step)
 
@@ -46,7 +47,7 @@ class Logs:
 
 def _append(path: Path, value: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _cut(path: Path, step: int) -> None:
