@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.advantages import score_missing_eos
 from rlhf.data.prompts import Prompts
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.run import Run
@@ -120,6 +121,13 @@ def stack(experiences: Sequence[Experience], width: int) -> Rollout:
         process_rewards=process,
         parts={name: torch.tensor([e.parts[name] for e in experiences]) for name in names},
     )
+
+
+def penalised_scores(experiences: Sequence[Experience], penalty: float) -> Tensor:
+    """(N,) rewards of whole responses, those without EOS lowered by `penalty`."""
+    scores = torch.tensor([e.score for e in experiences])
+    ended = torch.tensor([e.ended for e in experiences], dtype=torch.bool)
+    return score_missing_eos(scores, ended, mode="subtract", value=penalty)
 
 
 def value_index(forest: Forest, has_end: Tensor) -> Tensor:

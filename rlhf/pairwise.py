@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +179,15 @@ def check_losses(flags: PairLossFlags) -> None:
         raise UserError(f"--ref_update_interval={flags.ref_update_interval} must be above 0")
     elif not 0 < flags.ref_mixup <= 1:
         raise UserError(f"--ref_mixup={flags.ref_mixup} must be in (0, 1]")
+
+
+def check_moving_reference(flags: Any) -> None:
+    """Raise `UserError` where `--ref_update_interval` would move a reference that is the policy without its adapter."""
+    if flags.ref_update_interval and flags.finetune_mode == "lora":
+        raise UserError(
+            "--ref_update_interval needs a reference with weights of its own, which an adapter switched off is not; "
+            "take --finetune_mode=all or last_layer"
+        )
 
 
 class PairLogps(NamedTuple):

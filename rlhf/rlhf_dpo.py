@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data.splits import Split
-from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.reference import MovingReference, reference_logps
@@ -53,6 +52,7 @@ from rlhf.pairwise import (
     PairLossFlags,
     Partners,
     Reference,
+    check_moving_reference,
     chosen_nll,
     match_sides,
     pair_logps,
@@ -77,11 +77,7 @@ class DPOFlags(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ref_update_interval and self.finetune_mode == "lora":
-            raise UserError(
-                "--ref_update_interval needs a reference with weights of its own, which an adapter switched off is "
-                "not; take --finetune_mode=all or last_layer"
-            )
+        check_moving_reference(self)
 
 
 @torch.no_grad()

@@ -44,11 +44,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.advantages import score_missing_eos, token_rewards
+from rlhf.advantages import token_rewards
 from rlhf.data.prompts import Prompts
 from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, collect, stack
+from rlhf.experience import Experience, Rollout, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
@@ -225,7 +225,7 @@ def sample_groups(
     for _ in range(1 + flags.max_resamples):
         first = len(experiences) // num
         found = collect(run, flags, roles, rewards, prompts, rows, flags.temperature, num_samples=num, first=first)
-        equal = without_spread(shaped_scores(found, flags).view(-1, num))
+        equal = without_spread(penalised_scores(found, flags.missing_eos_penalty).view(-1, num))
         experiences += found
         kept += [first + g for g in range(len(rows)) if not (flags.dynamic_sampling and equal[g])]
         missing = wanted - len(kept)
@@ -235,18 +235,11 @@ def sample_groups(
     return experiences, kept
 
 
-def shaped_scores(experiences: list[Experience], flags: GRPOFlags) -> Tensor:
-    """(N,) rewards of whole responses, those without EOS lowered by `--missing_eos_penalty`."""
-    scores = torch.tensor([e.score for e in experiences])
-    ended = torch.tensor([e.ended for e in experiences], dtype=torch.bool)
-    return score_missing_eos(scores, ended, mode="subtract", value=flags.missing_eos_penalty)
-
-
 def advantages_of(rollout: Rollout, scores: Tensor, flags: GRPOFlags) -> tuple[Tensor, Tensor]:
     """The (N, L) advantages of a rollout's tokens, 0 behind their ends, and the (N, L) KL that their reward is charged.
 
     Args:
-        rollout: N responses, those of a group together; scores: (N,) `shaped_scores`.
+        rollout: N responses, those of a group together; scores: (N,) `penalised_scores`.
     """
     mask, by_group = rollout.response_mask, (-1, flags.num_samples)
     token_kl = torch.zeros_like(rollout.old_logps)
@@ -378,14 +371,17 @@ def main(flags: GRPOFlags) -> dict:
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
         measure_samples(step, stack(sampled, flags.max_new_tokens))
-        all_scores = shaped_scores(sampled, flags)
+        all_scores = penalised_scores(sampled, flags.missing_eos_penalty)
         equal = without_spread(all_scores.view(-1, flags.num_samples))
         step.metrics.put("train/shaped_score", all_scores.mean().item())
         step.metrics.put("train/equal_groups", equal.double().mean().item())
         step.metrics.put("train/trained_groups", len(kept))
 
         experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
-        rollout, scores = stack(experiences, flags.max_new_tokens), shaped_scores(experiences, flags)
+        rollout, scores = (
+            stack(experiences, flags.max_new_tokens),
+            penalised_scores(experiences, flags.missing_eos_penalty),
+        )
         advantages, token_kl = advantages_of(rollout, scores, flags)
         if flags.kl_in == "reward":
             charged = flags.kl_coef * (token_kl * rollout.response_mask).sum(1)

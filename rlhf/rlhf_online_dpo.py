@@ -28,10 +28,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.advantages import score_missing_eos
 from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, collect, stack
+from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.reference import MovingReference
 from rlhf.experiment.run import Run, start_experiment
@@ -52,7 +51,7 @@ from rlhf.flags import (
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
-from rlhf.pairwise import PairLossFlags, chosen_nll, pair_logps, pair_losses
+from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
 from rlhf.rewards.mix import load_rewards
 from rlhf.trees.batches import epoch_order
@@ -115,11 +114,7 @@ class OnlineDPOFlags(
                 f"--loss_type {' '.join(self.loss_type)}: aot, aot_unpaired and orpo need more than the two responses "
                 f"of a fresh pair; take another, such as sigmoid"
             )
-        if self.ref_update_interval and self.finetune_mode == "lora":
-            raise UserError(
-                "--ref_update_interval needs a reference with weights of its own, which an adapter switched off is "
-                "not; take --finetune_mode=all or last_layer"
-            )
+        check_moving_reference(self)
 
 
 def pairs_of(experiences: list[Experience], flags: OnlineDPOFlags) -> list[Pair]:
@@ -128,7 +123,7 @@ def pairs_of(experiences: list[Experience], flags: OnlineDPOFlags) -> list[Pair]
     Args:
         experiences: `num_samples` of each prompt in turn.
     """
-    scores = shaped_scores(experiences, flags).view(-1, flags.num_samples)
+    scores = penalised_scores(experiences, flags.missing_eos_penalty).view(-1, flags.num_samples)
     found = []
     for g, row in enumerate(scores):
         best, worst = int(row.argmax()), int(row.argmin())
@@ -148,13 +143,6 @@ def pairs_judged(run: Run, judge: Judge, experiences: list[Experience], rows: li
     found = dict(run.gather(list(zip(mine, verdicts, strict=True))))
     decided = [(g, found[g]) for g in range(len(rows)) if found[g] >= 0]
     return [(experiences[2 * g + better], experiences[2 * g + 1 - better]) for g, better in decided]
-
-
-def shaped_scores(experiences: list[Experience], flags: OnlineDPOFlags) -> Tensor:
-    """(N,) rewards of whole responses, those without EOS lowered by `--missing_eos_penalty`."""
-    scores = torch.tensor([e.score for e in experiences])
-    ended = torch.tensor([e.ended for e in experiences], dtype=torch.bool)
-    return score_missing_eos(scores, ended, mode="subtract", value=flags.missing_eos_penalty)
 
 
 def pack(pairs: list[Pair], rows: list[int]) -> tuple[Forest, list[int]]:
@@ -230,7 +218,7 @@ def main(flags: OnlineDPOFlags) -> dict:
         else:
             pairs = pairs_judged(run, judge, experiences, step.global_rows)
         measure_samples(step, stack(experiences, flags.max_new_tokens))
-        step.metrics.put("train/shaped_score", shaped_scores(experiences, flags).mean().item())
+        step.metrics.put("train/shaped_score", penalised_scores(experiences, flags.missing_eos_penalty).mean().item())
         step.metrics.put("train/pairs", len(pairs))
         step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
 

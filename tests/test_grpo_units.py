@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.errors import UserError
-from rlhf.experience import Experience, Rollout, stack
+from rlhf.experience import Experience, Rollout, penalised_scores, stack
 from rlhf.experiment.metrics import Metrics
 from rlhf.rlhf_grpo import (
     Batch,
@@ -17,7 +17,6 @@ from rlhf.rlhf_grpo import (
     pack,
     policy_loss,
     responses_of,
-    shaped_scores,
     weights_of,
 )
 
@@ -104,8 +103,8 @@ def test_a_rollout_knows_which_roles_there_were():
 def test_missing_eos_is_a_penalty():
     """Scores 0, 1, 4 and 1, 2, 5; the first of group 1 and the second of group 2 have no EOS."""
     experiences = make_experiences()
-    assert shaped_scores(experiences, flags_with()).tolist() == [0.0, 1.0, 4.0, 1.0, 2.0, 5.0]
-    found = shaped_scores(experiences, flags_with(missing_eos_penalty=0.5))
+    assert penalised_scores(experiences, 0.0).tolist() == [0.0, 1.0, 4.0, 1.0, 2.0, 5.0]
+    found = penalised_scores(experiences, 0.5)
     assert found.tolist() == [-0.5, 1.0, 4.0, 1.0, 1.5, 5.0]
 
 
@@ -113,7 +112,7 @@ def test_advantages_of_groups_stand_at_every_token():
     """Dr. GRPO on scores 0, 1, 4 (mean 5/3) and 1, 2, 5 (mean 8/3)."""
     experiences = make_experiences()
     rollout = rollout_of(experiences)
-    found, token_kl = advantages_of(rollout, shaped_scores(experiences, flags_with()), flags_with(advantage="dr_grpo"))
+    found, token_kl = advantages_of(rollout, penalised_scores(experiences, 0.0), flags_with(advantage="dr_grpo"))
     expected = torch.tensor([-5 / 3, -2 / 3, 7 / 3, -5 / 3, -2 / 3, 7 / 3])
     torch.testing.assert_close(found, expected[:, None] * rollout.response_mask)
     assert (token_kl == 0).all()
@@ -124,7 +123,7 @@ def test_the_kl_in_the_reward_is_that_of_the_whole_response():
     experiences = make_experiences()
     rollout = rollout_of(experiences)
     flags = flags_with(advantage="rloo", kl_coef=0.5, kl_in="reward")
-    found, token_kl = advantages_of(rollout, shaped_scores(experiences, flags), flags)
+    found, token_kl = advantages_of(rollout, penalised_scores(experiences, flags.missing_eos_penalty), flags)
     rewards = [e.score - 0.5 * (e.old_logps - e.ref_logps).sum().item() for e in experiences]
     for g in range(2):
         own = rewards[g * 3 : g * 3 + 3]
@@ -144,7 +143,7 @@ def test_reinforce_pp_takes_each_tokens_own_rewards():
         if len(e.response):
             e.process_rewards[0] = e.score
     rollout = rollout_of(experiences)
-    scores = shaped_scores(experiences, flags_with())
+    scores = penalised_scores(experiences, 0.0)
     found, _ = advantages_of(rollout, scores, flags_with(advantage="reinforce_pp"))
     plain, _ = advantages_of(stack(make_experiences(), WIDTH), scores, flags_with(advantage="reinforce_pp"))
     # The last response earns 5, all of it at its first token: the other two have nothing left to come.
@@ -162,7 +161,7 @@ def test_reinforce_pp_with_a_baseline_compares_within_the_group_first():
     experiences = make_experiences()
     rollout = rollout_of(experiences)
     flags = flags_with(advantage="reinforce_pp_baseline")
-    found, _ = advantages_of(rollout, shaped_scores(experiences, flags), flags)
+    found, _ = advantages_of(rollout, penalised_scores(experiences, flags.missing_eos_penalty), flags)
     centred = torch.tensor([-5 / 3, -2 / 3, 7 / 3, -5 / 3, -2 / 3, 7 / 3]).double()
     tokens = centred.repeat_interleave(torch.tensor([5, 2, 0, 1, 5, 3]))
     expected = (tokens - tokens.mean()) / tokens.std(correction=0)
@@ -175,7 +174,7 @@ def test_equal_rewards_and_no_groups_at_all_are_finite(advantage):
     flags = flags_with(advantage=advantage)
     found, _ = advantages_of(rollout_of(experiences), torch.full((6,), 0.1), flags)
     assert (found == 0).all()
-    nothing, token_kl = advantages_of(rollout_of([]), shaped_scores([], flags), flags)
+    nothing, token_kl = advantages_of(rollout_of([]), penalised_scores([], flags.missing_eos_penalty), flags)
     assert nothing.shape == token_kl.shape == (0, WIDTH)
 
 
@@ -210,7 +209,7 @@ def step_of() -> SimpleNamespace:
 def batch_of(groups: list[int], flags: GRPOFlags) -> Batch:
     experiences = make_experiences()
     rollout = rollout_of(experiences)
-    advantages, _ = advantages_of(rollout, shaped_scores(experiences, flags), flags)
+    advantages, _ = advantages_of(rollout, penalised_scores(experiences, flags.missing_eos_penalty), flags)
     weights = weights_of(rollout, responses_of([0, 1], NUM_SAMPLES), flags)
     return pack(experiences, rollout, advantages, weights, NUM_SAMPLES, groups)
 
@@ -259,7 +258,7 @@ def test_a_group_without_eos_and_masked_has_no_gradient_and_no_nan():
     for e in experiences:
         e.ended = False
     rollout, flags = rollout_of(experiences), flags_with(mask_truncated=True)
-    advantages, _ = advantages_of(rollout, shaped_scores(experiences, flags), flags)
+    advantages, _ = advantages_of(rollout, penalised_scores(experiences, flags.missing_eos_penalty), flags)
     weights = weights_of(rollout, responses_of([0, 1], NUM_SAMPLES), flags)
     batch = pack(experiences, rollout, advantages, weights, NUM_SAMPLES, [0, 1])
     actor = _Table(batch)
@@ -289,7 +288,7 @@ def test_metrics_count_tokens_on_their_side_of_the_clip():
         e.old_logps = e.ref_logps = torch.zeros(2)
     flags = GRPOFlags(data_dir="", num_samples=2, max_new_tokens=WIDTH)
     rollout = rollout_of(experiences)
-    advantages, _ = advantages_of(rollout, shaped_scores(experiences, flags), flags)
+    advantages, _ = advantages_of(rollout, penalised_scores(experiences, flags.missing_eos_penalty), flags)
     batch = pack(experiences, rollout, advantages, weights_of(rollout, [0, 1], flags), 2, [0])
     actor, step = _Table(batch), step_of()
     actor.logps = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()

@@ -171,15 +171,16 @@ def test_length_normalised_dpo_equal_to_trl(f_divergence):
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("name", ["cpo", "simpo", "sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize(
+    ("name", "label_smoothing"),
+    [("cpo", 0.0), ("cpo", 0.2), ("simpo", 0.0), ("simpo", 0.2), ("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0),
+     ("ipo", 0.0)],
+)  # fmt: skip
 def test_equal_to_trl_cpo(name, label_smoothing):
     """CPO and SimPO, and what else TRL's CPO trainer has: DPO's losses without a reference."""
     pytest.importorskip("trl")
     from trl.experimental.cpo import CPOTrainer
 
-    if label_smoothing and name in ("hinge", "ipo"):
-        pytest.skip("these have no smoothing")
     trl_name = "sigmoid" if name == "cpo" else name
     options = {"beta": 2.0, "label_smoothing": label_smoothing, "reference_free": name in WITH_REFERENCE}
     options |= {"simpo_gamma": 1.5} if name == "simpo" else {}
