@@ -37,7 +37,7 @@ def writing(path: str | Path) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        reason = _write_fault(error)
+        reason = _write_fault(error, Path(path).absolute().parent)
         if reason is None:
             raise
         raise WriteError(
@@ -45,8 +45,14 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _write_fault(error: Exception) -> str | None:
-    """Why a write failed; None for an error of another kind. Native writers put the number into their text alone."""
+def _write_fault(error: Exception, folder: Path) -> str | None:
+    """Why a write into `folder` failed; None for an error of another kind, or about a file elsewhere.
+
+    Native writers put the number into their text alone.
+    """
+    name = getattr(error, "filename", None)
+    if isinstance(name, str) and not Path(name).absolute().is_relative_to(folder):
+        return None
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number in _OF_THE_PLACE:
@@ -88,7 +94,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     ('whole', ['a.txt'])
     """
     path = Path(path)
-    temporary = _beside(path, "tmp")
+    temporary = beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -111,7 +117,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
         WriteError: the disk has no room for it, or fails; what stood at `path` still does.
     """
     path = Path(path)
-    temporary, aside = _beside(path, "tmp"), _beside(path, "old")
+    temporary, aside = beside(path), beside(path, "old")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +145,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 def remove_dir(path: Path) -> None:
     """Remove a folder, which is gone from its name at once; `sweep` removes what is left if the process dies."""
-    temporary = _beside(path, "tmp")
+    temporary = beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     os.replace(path, temporary)
     shutil.rmtree(temporary)
@@ -147,7 +153,7 @@ def remove_dir(path: Path) -> None:
 
 def atomic_link(path: Path, target: str) -> None:
     """Make `path` a symbolic link to `target`, in the place of the one that may stand there."""
-    temporary = _beside(path, "tmp")
+    temporary = beside(path)
     with writing(path):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
@@ -193,7 +199,8 @@ def sweep(folder: Path, *, is_alive: Callable[[int], bool] | None = None) -> lis
     return gone
 
 
-def _beside(path: Path, kind: str) -> Path:
+def beside(path: Path, kind: str = "tmp") -> Path:
+    """A name beside `path`, of this process, that `sweep` knows."""
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 

@@ -87,12 +87,19 @@ class Checkpoints:
             moments = {n: [r.reward_mean, r.reward_scale] for n, r in models.items() if isinstance(r, Scorer)}
             state = {"step": step, **identity.record(), "reward_moments": moments, "extra": extra}
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        atomic_link(self.folder / "last", target.name)
-        self._thin_out()
+        self.settle(step)
 
-    def _thin_out(self) -> None:
-        """Remove the oldest; of the `keep_weights` that come after, all but the weights, the state first."""
-        older = self.steps()[: -self.keep] if self.keep else []
+    def settle(self, step: int) -> None:
+        """Let `last` name the checkpoint of this step, and thin out those before it: a kill may come in between.
+
+        Of the `keep_weights` before those that are kept, all but the weights are removed, the state first. Later ones,
+        which are broken or of steps that are done again, are left alone and don't count.
+        """
+        target = self.folder / f"step-{step:08d}"
+        if not (self.folder / "last").is_symlink() or os.readlink(self.folder / "last") != target.name:
+            atomic_link(self.folder / "last", target.name)
+        so_far = [folder for folder in self.steps() if folder <= target]
+        older = so_far[: -self.keep] if self.keep else []
         weights_only = older[-self.keep_weights :] if self.keep_weights else []
         for folder in older:
             if folder not in weights_only:

@@ -244,4 +244,4 @@ def _write(path: Path, known: dict[bytes, np.ndarray], run: Run) -> None:
         with atomic_write(path) as temporary:
             save_file(table, temporary)
     except (OSError, WriteError) as error:
-        run.say(f"note: the reference will be computed again next time ({error})")
+        run.say(f"note: the reference's log-probabilities will be computed again next time: {error}")

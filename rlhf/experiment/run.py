@@ -188,6 +188,7 @@ class Run:
                 part_of(extra, name, where) for name in ("skipped_steps", "evaluated_at", "log_sizes")
             )
             self._saved_at = self.step_index
+            self._on_first(lambda: self.checkpoints.settle(self.step_index))
             self.say(f"{self.script}: resumed {self.folder} after step {self.step_index}")
         elif begun is None:
             self.say(f"note: {self.folder} holds no whole record of a run yet; it begins at the first step")
