@@ -22,26 +22,33 @@ _OF_THE_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 
 class WriteError(UserError):
-    """Something could not be written: a full disk, a quota, a limit on file sizes, a disk that fails."""
+    """Something could not be written: a full disk, a quota, a limit on file sizes, a disk that fails.
+
+    Attributes:
+        reason: what the system said; None where the room was found too small beforehand.
+    """
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn what the libraries raise when they cannot write `path` into one sentence.
+    """Turn what the libraries raise when they cannot write `path`, or part of it, into one sentence.
 
     Raises:
         WriteError: naming the path, the reason and the free space.
     """
     try:
         yield
-    except WriteError:
-        raise
     except Exception as error:
-        reason = _write_fault(error, Path(path).absolute().parent)
+        reason = error.reason if isinstance(error, WriteError) else _write_fault(error, Path(path).absolute().parent)
         if reason is None:
             raise
         raise WriteError(
-            f"{path} cannot be written: {reason} ({shown_bytes(free_bytes(path))} are free); make room there"
+            f"{path} cannot be written: {reason} ({shown_bytes(free_bytes(path))} are free); make room there",
+            reason=reason,
         ) from error
 
 

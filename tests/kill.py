@@ -133,7 +133,7 @@ class Child:
 class _Counter:
     """Counts operations in a folder, in the process that it is installed in, and does `at` at the moment given."""
 
-    def __init__(self, folder: Path, moment: int | None, *, full: bool) -> None:
+    def __init__(self, folder: Path, moment: int | None, full: float) -> None:
         self.folder, self.moment, self.full, self.count = str(folder), moment, full, 0
 
     def install(self) -> None:
@@ -166,7 +166,7 @@ class _Counter:
             return
         if not self.full:
             os.kill(os.getpid(), signal.SIGKILL)
-        elif name in NEEDS_ROOM:
+        elif name in NEEDS_ROOM and self.count < self.moment + self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -175,7 +175,7 @@ def in_child(
     folder: Path,
     *,
     moment: int | None = None,
-    full: bool = False,
+    full: float = 0,
     seconds: float | None = None,
     processes: int = 1,
     timeout: float = 120.0,
@@ -184,7 +184,7 @@ def in_child(
 
     Args:
         folder: where operations are counted, by the first process.
-        moment: the operation before which it kills itself, or from which on its disk is `full`.
+        moment: the operation before which it kills itself, or from which on the disk is full for `full` operations.
         seconds: after which it is killed. The other process of a killed one is killed with it.
     """
     log = folder.with_name(f"{folder.name}.log")
@@ -196,7 +196,7 @@ def in_child(
         child = os.fork()
         if child == 0:
             os.environ.update({**environment, **({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if environment else {})})
-            _work(work, _Counter(folder, moment if rank == 0 else None, full=full), log, writing if rank == 0 else None)
+            _work(work, _Counter(folder, moment if rank == 0 else None, full), log, writing if rank == 0 else None)
         children.append(child)
     gc.unfreeze()
     os.close(writing)
@@ -304,7 +304,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 def survive(
     world: World, script: str, folder: Path, whole: Path, *, processes: int = 1, given: dict[str, Any], **death: Any
 ) -> list[str]:
-    """Start a run (or go on with one), kill it, go on with it; returns the `differences` from the run that never died."""
+    """Start a run (or go on with one), kill it, go on; returns the `differences` from the run that never died."""
     resume = folder.exists()
     died = in_child(world.run(script, folder, resume=resume, **given), folder, processes=processes, **death)
     if died.status not in (0, -signal.SIGKILL):
