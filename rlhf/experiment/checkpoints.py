@@ -146,10 +146,10 @@ class Checkpoints:
         Raises:
             UserError: no checkpoint is whole, one is of another model or lacks a part, or it is of another run.
         """
-        reason = "there is none"
+        reason = None
         for folder in reversed(self.steps()):
             if {path.name for path in folder.iterdir()} <= {"model"}:
-                reason = f"{folder.name} keeps its weights alone"
+                reason = reason or f"{folder.name} keeps its weights alone"
                 continue
             try:
                 state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -159,8 +159,9 @@ class Checkpoints:
                 }
                 weights = {name: _read(folder, name, role) for name, role in models.items()}
             except BROKEN as error:
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                print(f"note: the checkpoint {folder} is broken ({reason}); trying an older one")
+                fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                print(f"note: the checkpoint {folder} is broken ({fault}); trying an older one")
+                reason = reason or f"{folder.name}: {fault}"
                 continue
             for key in ("step", "flags", "world_size", "reward_moments", "extra"):
                 part_of(state, key, folder / "state.json")
@@ -175,8 +176,8 @@ class Checkpoints:
                 optimizer.load_state_dict(optimizer_states[name])
             return state["step"], state["extra"]
         raise UserError(
-            f"{self.folder} holds no whole checkpoint to resume from ({reason}); start the run again in another "
-            f"--experiment_dir, without --resume"
+            f"{self.folder} holds no whole checkpoint to resume from ({reason or 'there is none'}); start the run "
+            f"again in another --experiment_dir, without --resume"
         )
 
 
