@@ -2,7 +2,7 @@
 
 A script declares `class DPOFlags(ModelFlags, DataFlags, ...)`; the docstring under a field is its help, and the
 class that declares a field is its group in `--help`. `launch(main, DPOFlags)` is the whole of a script's
-command line: it parses, runs `main(flags)`, and turns a `UserError` into one line and exit status 2.
+command line: it parses, runs `main(flags)`, and turns a `UserError` into one line and its exit status, 2 as a rule.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
 
 
 def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
-    """Run a script: parse its flags, call `main`, and end with status 2 and one sentence on a user's mistake."""
+    """Run a script: parse its flags, call `main`, and end with one sentence and its status on a `UserError`."""
     try:
         main(parse(flags_class))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.status)
 
 
 def _description(flags_class: type) -> str:

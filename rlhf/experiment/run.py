@@ -169,8 +169,9 @@ class Run:
         """At every `--eval_interval`-th step, the first included: log what `assess` measures."""
         interval = self.flags.eval_interval
         if interval > 0 and self.step_index % interval == 0 and self._evaluated_at != self.step_index:
+            began = time.perf_counter()
             self._evaluate(assess)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
 
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
@@ -187,8 +188,9 @@ class Run:
         """At every `--save_interval`-th step: write a checkpoint."""
         interval = self.flags.save_interval
         if interval > 0 and self.step_index > 0 and self.step_index % interval == 0:
+            began = time.perf_counter()
             self._save(models, optimizers, tokenizer, extra)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
 
     def _save(self, models, optimizers, tokenizer, extra) -> None:
         if self._saved_at == self.step_index:
