@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 START = 3
 """First rollouts of a run, whose mean is the start that later ones are compared with."""
+ENOUGH = 16
+"""Responses that a guard looks at: a smaller rollout is judged together with those before it."""
 LEAST_KL = 10.0
 """Nats a response below which no KL is a collapse: to choose one of 20,000 short answers costs as much."""
 NGRAM = 4
@@ -112,6 +114,7 @@ class Guards:
         self.run, self.flags = run, flags
         self._start: dict[str, float] = {}
         self._seen = 0
+        self._recent: list[tuple[int, dict[str, float]]] = []
         self._best_score: float | None = None
         self._fired: dict[str, int] = {}
 
@@ -126,10 +129,17 @@ class Guards:
         return self.flags.on_collapse == "warn" or not self.firing
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start": self._start, "seen": self._seen, "best_score": self._best_score, "fired": self._fired}
+        return {
+            "start": self._start,
+            "seen": self._seen,
+            "recent": self._recent,
+            "best_score": self._best_score,
+            "fired": self._fired,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._start, self._seen = dict(state["start"]), state["seen"]
+        self._recent = [(num, found) for num, found in state["recent"]]
         self._best_score, self._fired = state["best_score"], dict(state["fired"])
 
     def watch(self, step: Step, experiences: Sequence[Experience]) -> None:
@@ -144,6 +154,7 @@ class Guards:
         now = health(experiences)
         step.metrics.put("train/repetition", now["repetition"])
         step.metrics.put("train/empty_rate", now["empty"])
+        now = self._pooled(len(experiences), now)
         if self._seen < START:
             known = {name: self._start.get(name, 0.0) * self._seen for name in now}
             self._seen += 1
@@ -168,6 +179,14 @@ class Guards:
             )
         self._judge(faults, ("score",))
         return not self.firing
+
+    def _pooled(self, num: int, now: dict[str, float]) -> dict[str, float]:
+        """The mean health of this rollout and as many before it as make `ENOUGH` responses."""
+        self._recent.append((num, now))
+        while sum(n for n, _ in self._recent[1:]) >= ENOUGH:
+            del self._recent[0]
+        total = sum(n for n, _ in self._recent)
+        return {name: sum(n * found[name] for n, found in self._recent) / total for name in now}
 
     def _faults(self, now: dict[str, float]) -> dict[str, str]:
         """A clause for every limit that a rollout is beyond, by its guard."""
