@@ -11,6 +11,7 @@ reader of the curves.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -112,16 +113,14 @@ class Guards:
 
     def __init__(self, run: Run, flags: Any) -> None:
         self.run, self.flags = run, flags
-        self._start: dict[str, float] = {}
-        self._seen = 0
-        self._recent: list[tuple[int, dict[str, float]]] = []
-        self._best_score: float | None = None
-        self._fired: dict[str, int] = {}
+        self._seen: dict[str, Any] = {"rollouts": 0, "start": {}, "recent": [], "fired": {}}
+        self._before = -1, copy.deepcopy(self._seen)
+        self._evaluated: dict[str, Any] = {"best": None, "fired": {}}
 
     @property
     def firing(self) -> bool:
         """Whether a guard fired when it last looked."""
-        return any(self._fired.values())
+        return any(self._seen["fired"].values()) or any(self._evaluated["fired"].values())
 
     @property
     def may_save(self) -> bool:
@@ -129,18 +128,12 @@ class Guards:
         return self.flags.on_collapse == "warn" or not self.firing
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "start": self._start,
-            "seen": self._seen,
-            "recent": self._recent,
-            "best_score": self._best_score,
-            "fired": self._fired,
-        }
+        """What they remember; nothing of a rollout not learnt from yet, since a resumed run samples it again."""
+        step, before = self._before
+        return {"seen": before if step == self.run.step_index else self._seen, "evaluated": self._evaluated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._start, self._seen = dict(state["start"]), state["seen"]
-        self._recent = [(num, found) for num, found in state["recent"]]
-        self._best_score, self._fired = state["best_score"], dict(state["fired"])
+        self._seen, self._evaluated = copy.deepcopy(state["seen"]), copy.deepcopy(state["evaluated"])
 
     def watch(self, step: Step, experiences: Sequence[Experience]) -> None:
         """Look at a rollout, before anything is learnt from it, and log what is seen.
@@ -151,16 +144,18 @@ class Guards:
         Raises:
             Collapse: a guard has fired `--guard_patience` times in a row.
         """
+        self._before = self.run.step_index, copy.deepcopy(self._seen)
         now = health(experiences)
         step.metrics.put("train/repetition", now["repetition"])
         step.metrics.put("train/empty_rate", now["empty"])
-        now = self._pooled(len(experiences), now)
-        if self._seen < START:
-            known = {name: self._start.get(name, 0.0) * self._seen for name in now}
-            self._seen += 1
-            self._start = {name: (known[name] + value) / self._seen for name, value in now.items()}
-        self._judge(self._faults(now), ("kl", "eos", "empty", "length", "repetition"))
-        step.metrics.put("train/guards_firing", sum(count > 0 for count in self._fired.values()))
+        now, seen = self._pooled(len(experiences), now), self._seen
+        if seen["rollouts"] < START:
+            known = {name: seen["start"].get(name, 0.0) * seen["rollouts"] for name in now}
+            seen["rollouts"] += 1
+            seen["start"] = {name: (known[name] + value) / seen["rollouts"] for name, value in now.items()}
+        self._judge(self._faults(now), ("kl", "eos", "empty", "length", "repetition"), seen["fired"])
+        fired = [*seen["fired"].values(), *self._evaluated["fired"].values()]
+        step.metrics.put("train/guards_firing", sum(count > 0 for count in fired))
 
     def evaluated(self, score: float) -> bool:
         """Take note of a held-out score; returns whether the policy may be called the best so far.
@@ -168,29 +163,31 @@ class Guards:
         Raises:
             Collapse: the scores of `--guard_patience` evaluations in a row were too low.
         """
-        fall = 0.0 if self._best_score is None else self._best_score - score
-        self._best_score = score if self._best_score is None else max(score, self._best_score)
-        limit, unit = self.flags.guard_score, self._start.get("score_std", 0.0)
+        best = self._evaluated["best"]
+        fall = 0.0 if best is None else best - score
+        self._evaluated["best"] = score if best is None else max(score, best)
+        limit, unit = self.flags.guard_score, self._seen["start"].get("score_std", 0.0)
         faults = {}
         if limit and unit and fall > limit * unit:
             faults["score"] = (
                 f"the held-out score {score:.3g} is {fall / unit:.2g} deviations below its best "
                 f"(--guard_score={limit:g})"
             )
-        self._judge(faults, ("score",))
+        self._judge(faults, ("score",), self._evaluated["fired"])
         return not self.firing
 
     def _pooled(self, num: int, now: dict[str, float]) -> dict[str, float]:
         """The mean health of this rollout and as many before it as make `ENOUGH` responses."""
-        self._recent.append((num, now))
-        while sum(n for n, _ in self._recent[1:]) >= ENOUGH:
-            del self._recent[0]
-        total = sum(n for n, _ in self._recent)
-        return {name: sum(n * found[name] for n, found in self._recent) / total for name in now}
+        recent = self._seen["recent"]
+        recent.append([num, now])
+        while sum(n for n, _ in recent[1:]) >= ENOUGH:
+            del recent[0]
+        total = sum(n for n, _ in recent)
+        return {name: sum(n * found[name] for n, found in recent) / total for name in now}
 
     def _faults(self, now: dict[str, float]) -> dict[str, str]:
         """A clause for every limit that a rollout is beyond, by its guard."""
-        flags, start, faults = self.flags, self._start, {}
+        flags, start, faults = self.flags, self._seen["start"], {}
         if flags.guard_kl and now.get("kl", 0.0) > flags.guard_kl and now["kl_of_response"] > LEAST_KL:
             faults["kl"] = (
                 f"the KL to the reference is {now['kl']:.2f} nats a token, {now['kl_of_response']:.0f} a response "
@@ -218,14 +215,14 @@ class Guards:
             )
         return faults
 
-    def _judge(self, faults: dict[str, str], looked_at: Sequence[str]) -> None:
-        """Count how often each guard has fired in a row; warn of those that begin to, and end the run."""
+    def _judge(self, faults: dict[str, str], looked_at: Sequence[str], fired: dict[str, int]) -> None:
+        """Count in `fired` how often each guard has fired in a row; warn of those that begin to, and end the run."""
         for name in looked_at:
-            self._fired[name] = self._fired.get(name, 0) + 1 if name in faults else 0
-        beginning = [text for name, text in faults.items() if self._fired[name] == 1]
+            fired[name] = fired.get(name, 0) + 1 if name in faults else 0
+        beginning = [text for name, text in faults.items() if fired[name] == 1]
         if beginning:
             self.run.say(f"warning: after step {self.run.step_index} {' and '.join(beginning)}")
-        lasting = [text for name, text in faults.items() if self._fired[name] >= self.flags.guard_patience]
+        lasting = [text for name, text in faults.items() if fired[name] >= self.flags.guard_patience]
         if lasting and self.flags.on_collapse == "stop":
             if self.run.logs is not None:
                 self.run.logs.close()

@@ -175,13 +175,28 @@ def test_the_exit_status_is_3(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: stopped after step 9: gibberish\n"
 
 
+def test_a_rollout_counts_once(tmp_path):
+    """A checkpoint stands before its step's update: the resumed run samples that rollout again, and watches it then."""
+    run = Recorder(tmp_path)
+    guards = Guards(run, GuardFlags())
+    guards.watch(run, FINE)
+    assert guards.state_dict()["seen"]["rollouts"] == 0
+    run.step_index = 1
+    assert guards.state_dict()["seen"]["rollouts"] == 1
+    guards.watch(run, FINE)
+    assert guards.state_dict()["seen"]["rollouts"] == 1
+
+
 def test_small_rollouts_are_judged_together(tmp_path):
     """One response without EOS is no collapse; sixteen in a row, one a rollout, are: from the ninth on more than half
     of the last sixteen, which is a fall by more than 0.5, so the eleventh ends the run."""
     run = Recorder(tmp_path)
     guards = Guards(run, GuardFlags())
-    for _ in range(20):
+    for run.step_index in range(20):
         guards.watch(run, FINE[:1])
+    assert len(guards.state_dict()["seen"]["recent"]) == 16
+    assert guards.state_dict()["seen"]["rollouts"] == 3
+    run.step_index = 20
     restored = Guards(run, GuardFlags())
     restored.load_state_dict(json.loads(json.dumps(guards.state_dict())))
     for _ in range(10):
