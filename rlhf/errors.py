@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+LAST_WORDS: list[Callable[[str], None]] = []
+"""Called with a process's last sentence before it ends with an error: the other processes of a run want to know."""
+
 
 class UserError(Exception):
     """A mistake of the user's: a flag, a path, a row, a file or a model.

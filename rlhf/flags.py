@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.helpers import field
 
-from rlhf.errors import UserError
+from rlhf.errors import LAST_WORDS, UserError
 
 Flags = TypeVar("Flags")
 
@@ -63,6 +63,8 @@ def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
         main(parse(flags_class))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        for tell in LAST_WORDS:
+            tell(str(error))
         sys.exit(error.status)
 
 

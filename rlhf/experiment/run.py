@@ -22,6 +22,7 @@ from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_
 from rlhf.errors import UserError
 from rlhf.experiment.checkpoints import Checkpoints
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.lifeline import Lifeline, hold
 from rlhf.experiment.logs import Logs, environment
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.steps import Step
@@ -47,9 +48,10 @@ def start_experiment(flags: Any, script: str) -> Run:
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()
+    lifeline = hold(fabric.global_rank, fabric.world_size, fabric.broadcast)
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
-    return Run(fabric, flags, script, folder)
+    return Run(fabric, flags, script, folder, lifeline)
 
 
 class Run:
@@ -61,7 +63,8 @@ class Run:
         step_index: optimiser steps finished.
     """
 
-    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path) -> None:
+    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path, lifeline: Lifeline | None = None) -> None:
+        self._lifeline = lifeline
         self.fabric, self.flags, self.script, self.folder = fabric, flags, script, folder
         self.rank, self.world_size, self.device = fabric.global_rank, fabric.world_size, fabric.device
         self.precision = str(fabric.strategy.precision.precision)
@@ -332,4 +335,6 @@ class Run:
                 write_json(self.folder / "summary.json", summary)
             self.logs.close()
         self.fabric.barrier()
+        if self._lifeline is not None:
+            self._lifeline.close()
         return summary
