@@ -2,7 +2,7 @@
 
 A script declares `class DPOFlags(ModelFlags, DataFlags, ...)`; the docstring under a field is its help, and the
 class that declares a field is its group in `--help`. `launch(main, DPOFlags)` is the whole of a script's
-command line: it parses, runs `main(flags)`, and turns a `UserError` into one line and exit status 2.
+command line: it parses, runs `main(flags)`, and turns a `UserError` into one line and its exit status, 2 as a rule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.helpers import field
 
-from rlhf.errors import UserError
+from rlhf.errors import LAST_WORDS, UserError
 
 Flags = TypeVar("Flags")
 
@@ -58,7 +58,7 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
 
 
 def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
-    """Run a script: parse its flags, call `main`, and end with status 2 and one sentence on a user's mistake.
+    """Run a script: parse its flags, call `main`, and end with one sentence and its status on a `UserError`.
 
     Ctrl-C, where the script doesn't listen to it itself, ends with status 130 and a word in the place of a traceback.
     """
@@ -66,7 +66,9 @@ def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
         main(parse(flags_class))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        for tell in LAST_WORDS:
+            tell(str(error))
+        sys.exit(error.status)
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if stop.args else "stopped", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -76,6 +76,7 @@ from rlhf.group_advantages import (
     rloo_advantages,
     without_spread,
 )
+from rlhf.guards import GuardFlags, Guards, check_guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import cispo_loss, grpo_loss, gspo_loss, policy_clipped, response_log_ratios
 from rlhf.models.loading import resolve, tokenizer_of
@@ -92,7 +93,17 @@ CLIPS = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
 
 
 @dataclass(kw_only=True)
-class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class GRPOFlags(
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    GuardFlags,
+    RunFlags,
+    DeviceFlags,
+):
     """GRPO and its relatives."""
 
     sft_experiment_dir: str | None = None
@@ -149,6 +160,7 @@ class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, 
         check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
         check_positive(self, "eval_temperature")
         check_on_policy(self, "GRPO")
+        check_guards(self)
         check_not_negative(self, "kl_coef", "clip_low", "clip_high", "max_resamples", "missing_eos_penalty")
         if self.num_samples == 1 and self.advantage != "reinforce_pp":
             raise UserError(
@@ -351,7 +363,9 @@ def main(flags: GRPOFlags) -> dict:
         f"[{1 - flags.clips['clip_low']:g}, {1 + flags.clips['clip_high']:g}]; {roles.sharing}"
     )
     models, optimizers = {"model": roles.actor}, {"optimizer": optimizer}
-    run.restore(models, optimizers)
+    guards = Guards(run, flags)
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -360,16 +374,18 @@ def main(flags: GRPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer)
-        began = time.perf_counter()
         sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
+        guards.watch(step, sampled)
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
         measure_samples(step, stack(sampled, flags.max_new_tokens))
         all_scores = penalised_scores(sampled, flags.missing_eos_penalty)
         equal = without_spread(all_scores.view(-1, flags.num_samples))
@@ -386,7 +402,7 @@ def main(flags: GRPOFlags) -> dict:
         if flags.kl_in == "reward":
             charged = flags.kl_coef * (token_kl * rollout.response_mask).sum(1)
             step.metrics.put("train/kl_penalty", charged.mean().item() if kept else 0.0)
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         lengths = rollout.response_mask.sum(1).view(-1, flags.num_samples).sum(1)
         tokens = lengths + torch.tensor([len(e.prompt) for e in experiences[:: flags.num_samples]], dtype=torch.long)
@@ -402,8 +418,10 @@ def main(flags: GRPOFlags) -> dict:
                     step.backward(policy_loss(actor, batch, flags, step))
                     step.num_tokens += batch.forest.num_tokens
                 step.update(optimizer, clip=flags.gradient_clip_val)
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
-    return run.finish(models, optimizers, tokenizer, assess)
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from rlhf.flags import (
     check_positive,
     launch,
 )
+from rlhf.guards import GuardFlags, Guards, check_guards
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
@@ -70,6 +71,7 @@ class OnlineDPOFlags(
     BatchFlags,
     OptimizerFlags,
     GenerationFlags,
+    GuardFlags,
     RunFlags,
     DeviceFlags,
 ):
@@ -105,6 +107,7 @@ class OnlineDPOFlags(
         check_positive(self, "eval_temperature")
         check_not_negative(self, "missing_eos_penalty")
         check_on_policy(self, "online DPO")
+        check_guards(self)
         if self.num_samples < 2:
             raise UserError(f"--num_samples={self.num_samples} makes no pair; it must be 2 or more")
         if self.judge and (self.num_samples != 2 or self.missing_eos_penalty):
@@ -190,7 +193,9 @@ def main(flags: OnlineDPOFlags) -> dict:
         f"{(flags.reference or f'{sft}, as this run starts') if flags.uses_reference else 'none'}"
         + (f", renewed every {flags.ref_update_interval} steps" if flags.ref_update_interval else "")
     )
-    run.restore(models, optimizers)
+    guards = Guards(run, flags)
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -199,20 +204,22 @@ def main(flags: OnlineDPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
     warned = False
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer)
-        began = time.perf_counter()
         experiences = collect(
             run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=flags.num_samples
         )
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
+        guards.watch(step, experiences)
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
         if judge is None:
             pairs = pairs_of(experiences, flags)
         else:
@@ -220,7 +227,7 @@ def main(flags: OnlineDPOFlags) -> dict:
         measure_samples(step, stack(experiences, flags.max_new_tokens))
         step.metrics.put("train/shaped_score", penalised_scores(experiences, flags.missing_eos_penalty).mean().item())
         step.metrics.put("train/pairs", len(pairs))
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         reference = partial(ref_logps_of, pairs) if flags.uses_reference else None
         tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
@@ -243,7 +250,9 @@ def main(flags: OnlineDPOFlags) -> dict:
                     drop.add("nats", change.sum() * step.weight, logps.lengths[0::2].sum() * step.weight)
                     step.num_tokens += forest.num_tokens
                 step.update(optimizer, clip=flags.gradient_clip_val)
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
         lost = drop.reduce()["nats"] if pairs else 0.0
         if flags.uses_reference and lost > flags.max_chosen_drop and not warned:
             warned = True
@@ -253,7 +262,7 @@ def main(flags: OnlineDPOFlags) -> dict:
             )
         if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
             models["reference"].update(flags.ref_mixup)
-    return run.finish(models, optimizers, tokenizer, assess)
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

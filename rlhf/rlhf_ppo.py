@@ -54,6 +54,7 @@ from rlhf.flags import (
     check_positive,
     launch,
 )
+from rlhf.guards import GuardFlags, Guards, check_guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
@@ -76,7 +77,17 @@ MAX_LOG_RATIO = 20.0
 
 
 @dataclass(kw_only=True)
-class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class PPOFlags(
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    GuardFlags,
+    RunFlags,
+    DeviceFlags,
+):
     """PPO."""
 
     sft_experiment_dir: str | None = None
@@ -157,6 +168,7 @@ class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, G
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
         check_on_policy(self, "PPO")
+        check_guards(self)
         if self.whiten_rewards and self.rollout_size < 8:
             raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
         if self.center_rewards and not self.normalize_rewards:
@@ -332,6 +344,7 @@ def main(flags: PPOFlags) -> dict:
         else FixedKL(flags.init_kl_coeff)
     )
     score_moments = RunningMoments()
+    guards = Guards(run, flags)
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     mini_batches = flags.rollout_size // flags.mini_batch_size
@@ -351,7 +364,7 @@ def main(flags: PPOFlags) -> dict:
     )
     models = {"model": roles.actor, "critic": roles.critic}
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    states = {"kl": kl, "score_moments": score_moments}
+    states = {"kl": kl, "score_moments": score_moments, "guards": guards}
     run.restore(models, optimizers, states)
     run.open()
 
@@ -361,27 +374,29 @@ def main(flags: PPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, states)
-        began = time.perf_counter()
         experiences = collect(
             run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
         )
-        rollout = stack(experiences, flags.max_new_tokens)
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
-            if fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value):
-                run.say(f"warning: {fault}")
+        guards.watch(step, experiences)
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+        rollout = stack(experiences, flags.max_new_tokens)
+        if run.step_index == 0 and (fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value)):
+            run.say(f"warning: {fault}")
         scores = shaped_scores(rollout, flags, score_moments)
         scale = score_moments.std if flags.normalize_rewards else 1.0
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size, scale=scale)
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
         kl.update(response_kl, len(experiences))
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         warming_up = run.step_index < flags.critic_warmup_steps
         tokens = torch.tensor([e.num_tokens for e in experiences])
@@ -418,7 +433,9 @@ def main(flags: PPOFlags) -> dict:
                 moved.append(means.get("approx_kl", 0.0))
             if flags.target_update_kl and sum(moved) / len(moved) > flags.target_update_kl:
                 break
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
     return run.finish(models, optimizers, tokenizer, assess, states)
 
 

@@ -37,6 +37,7 @@ SHARED = _names(
     weight_decay
     """
 )
+GUARDS = _names("on_collapse guard_patience guard_kl guard_eos guard_empty guard_length guard_repetition guard_score")
 REWARD = {"reward", "reward_timeout", "rm_experiment_dir"}
 ROLLOUT = _names(
     """
@@ -63,11 +64,12 @@ FROZEN = {
     KTOFlags: SHARED
     | GENERATION
     | _names("sft_experiment_dir reference loss_type beta desirable_weight undesirable_weight max_chosen_drop"),
-    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS | {"judge"},
+    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | GUARDS | PAIRS | {"judge"},
     GRPOFlags: SHARED
     | GENERATION
     | REWARD
     | ROLLOUT
+    | GUARDS
     | _names("advantage loss_type loss_normalization clip_low clip_high kl_coef kl_in kl_estimator kl_unbiased")
     | _names("entropy_coef mask_truncated dynamic_sampling max_resamples"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from lightning.fabric.strategies import DDPStrategy
 
 from rlhf.allocator import keep_freed_memory
 from rlhf.errors import UserError
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others in one operation. One that ended is noticed in seconds (`lifeline`), so this
+is for those that work: the longest rollout, reward or preparation of data on one process while the others wait."""
 
 
 def fast_bf16(accelerator: str) -> bool:
@@ -44,7 +49,7 @@ def make_fabric(flags: Any) -> Fabric:
         raise UserError(f"--strategy={strategy} is not supported; use auto or ddp")
     several = devices not in ("1", "auto") or num_nodes > 1 or (devices == "auto" and torch.cuda.device_count() > 1)
     if several or strategy == "ddp":
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=PATIENCE)
     for name in ("LT_ACCELERATOR", "LT_PRECISION", "LT_DEVICES", "LT_NUM_NODES"):
         os.environ.pop(name, None)
     transformers.utils.logging.disable_progress_bar()

@@ -24,6 +24,7 @@ from rlhf.errors import UserError
 from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
 from rlhf.experiment.devices import make_fabric
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
+from rlhf.experiment.lifeline import Lifeline, hold
 from rlhf.experiment.logs import Logs, environment
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.signals import Signals
@@ -55,9 +56,10 @@ def start_experiment(flags: Any, script: str) -> Run:
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()
+    lifeline = hold(fabric.global_rank, fabric.world_size, fabric.broadcast)
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
-    return Run(fabric, flags, script, folder)
+    return Run(fabric, flags, script, folder, lifeline)
 
 
 class Run:
@@ -71,7 +73,8 @@ class Run:
         ended: it was resumed after its end: there is nothing left to do.
     """
 
-    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path) -> None:
+    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path, lifeline: Lifeline | None = None) -> None:
+        self._lifeline = lifeline
         self.fabric, self.flags, self.script, self.folder = fabric, flags, script, folder
         self.rank, self.world_size, self.device = fabric.global_rank, fabric.world_size, fabric.device
         self.precision = str(fabric.strategy.precision.precision)
@@ -230,8 +233,9 @@ class Run:
         """At every `--eval_interval`-th step, the first included: log what `assess` measures."""
         interval = self.flags.eval_interval
         if interval > 0 and self.step_index % interval == 0 and self._evaluated_at != self.step_index:
+            began = time.perf_counter()
             self._evaluate(assess)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
 
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
@@ -257,8 +261,9 @@ class Run:
         """
         interval = self.flags.save_interval
         if self._save_asked or (interval > 0 and self.step_index > 0 and self.step_index % interval == 0):
+            began = time.perf_counter()
             self._save(models, optimizers, tokenizer, states)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
 
     def _save(self, models, optimizers, tokenizer, states, *, must: bool = False) -> None:
         """Write a checkpoint; where it cannot be written, raise WriteError if it `must`, else say so."""
@@ -425,4 +430,6 @@ class Run:
             if fault is not None:
                 raise WriteError(self._go_on(fault))
         self.fabric.barrier()
+        if self._lifeline is not None:
+            self._lifeline.close()
         return summary
