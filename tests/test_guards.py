@@ -131,7 +131,7 @@ def test_what_the_guards_remember_is_in_the_checkpoint(world, tmp_path):
             yield step
             if run.step_index == 2 and not state["interrupted"]:
                 state["interrupted"] = True
-                run._request_stop()
+                run._signals.stop = True
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rlhf_ppo.Run, "steps", stopping)
