@@ -421,10 +421,10 @@ class Run:
             summary = {**self._values, "steps": self.step_index, "experiment_dir": str(self.folder)}
 
             def write() -> None:
+                self.logs.close()
                 if not self.interrupted:
                     save_final(models["model"], tokenizer, self.folder / "final")
                     write_json(self.folder / "summary.json", summary)
-                self.logs.close()
 
             fault = self._on_first(write)
             if fault is not None:
