@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
     The message is one sentence that names the thing, where it is, and what would be right. The scripts print
     it without a traceback and exit with status 2 (`rlhf.flags.launch`).
     """
+
+
+class NonFiniteError(UserError):
+    """Numbers that are not finite. A step with them may be skipped (`Step.skip`); an evaluation goes without them."""

@@ -33,7 +33,7 @@ def measure_samples(step: Step, rollout: Rollout) -> None:
         "train/score_std": rollout.scores.std(correction=0).item(),
         "train/response_length": mask.sum(1).double().mean().item(),
         "train/eos_rate": rollout.ended.double().mean().item(),
-        "train/perplexity": math.exp(-masked_mean(old_logps, mask).item()),
+        "train/perplexity": math.exp(min(700.0, -masked_mean(old_logps, mask).item())),
     }
     if ref_logps is not None:
         values |= {
@@ -73,6 +73,13 @@ def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targe
     for name, value in values.items():
         step.metrics.put(name, value)
     return response_kl(rollout)
+
+
+def watch_pairs(step: Step, pairs: PairLogps, losses: Tensor) -> None:
+    """What to name, with its rows, of a micro-batch of pairs if its update is not finite."""
+    step.watch("log-probabilities", pairs.policy)
+    step.watch("reference log-probabilities", pairs.reference)
+    step.watch("losses", losses)
 
 
 def measure_pairs(metrics: Metrics, prefix: str, flags: PairLossFlags, pairs: PairLogps, weight: float = 1.0) -> None:

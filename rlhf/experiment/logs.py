@@ -32,7 +32,7 @@ class Logs:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, null for what is not finite (JSON has no NaN); the logger gets the numbers."""
-        _append(self._metrics, {"step": step, **{n: x if math.isfinite(x) else None for n, x in values.items()}})
+        _append(self._metrics, {"step": step, **finite_or_null(values)})
         if self._logger is not None:
             self._logger.log_metrics(values, step)
 
@@ -43,6 +43,11 @@ class Logs:
     def close(self) -> None:
         if self._logger is not None:
             self._logger.finalize("success")
+
+
+def finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for numbers that are not finite, which JSON has no word for."""
+    return {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in values.items()}
 
 
 def _append(path: Path, value: dict[str, Any]) -> None:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from rlhf.data.prompts import Prompts, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.experiment.checkpoints import Checkpoints
 from rlhf.experiment.devices import make_fabric
-from rlhf.experiment.logs import Logs, environment
+from rlhf.experiment.logs import Logs, environment, finite_or_null
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.steps import Step
 from rlhf.files import atomic_dir, write_json
@@ -174,7 +174,13 @@ class Run:
 
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
-        self._values = assess()
+        try:
+            self._values = assess()
+        except NonFiniteError as error:
+            self.say(f"warning: no evaluation after step {self.step_index}: {error}")
+            self._values = {}
+        if wrong := [name for name, value in self._values.items() if not math.isfinite(value)]:
+            self.say(f"warning: {', '.join(wrong)} of the evaluation after step {self.step_index} are not finite")
         self._evaluated_at = self.step_index
         if self._values:
             self.log({**self._values, "perf/evaluation_seconds": time.perf_counter() - began})
@@ -200,8 +206,8 @@ class Run:
         self.fabric.barrier()
 
     def save_best(self, role: Role, tokenizer, metric: str, value: float, *, higher: bool) -> None:
-        """Keep these weights as `checkpoints/best` if `value` beats the best so far."""
-        if self.rank == 0 and self.flags.save_interval > 0:
+        """Keep these weights as `checkpoints/best` if `value` is finite and beats the best so far."""
+        if math.isfinite(value) and self.rank == 0 and self.flags.save_interval > 0:
             self.checkpoints.save_best(self.step_index, role, tokenizer, metric, value, higher=higher)
         self.fabric.barrier()
 
@@ -327,7 +333,7 @@ class Run:
         summary = {**self._values, "steps": self.step_index, "experiment_dir": str(self.folder)}
         if self.rank == 0:
             if not self.interrupted:
-                write_json(self.folder / "summary.json", summary)
+                write_json(self.folder / "summary.json", finite_or_null(summary))
             self.logs.close()
         self.fabric.barrier()
         return summary
