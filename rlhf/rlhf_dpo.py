@@ -21,6 +21,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_dpo.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -216,7 +217,8 @@ def main(flags: DPOFlags) -> dict:
                 f"warning: the chosen responses have lost {drop:.2f} nats a token; lower --learning_rate, raise "
                 f"--beta or set --sft_coef"
             )
-        run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
+        if math.isfinite(values["val/loss"]):  # NaN rewards count as wrong ones in the accuracy
+            run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
         return values
 
     def pack(rows: list[int]) -> tuple[Forest, list[int]]:

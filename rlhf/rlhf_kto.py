@@ -28,6 +28,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_kto.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -317,7 +318,8 @@ def main(flags: KTOFlags) -> dict:
                 f"warning: the good responses have lost {drop:.2f} nats a token; lower --learning_rate or raise --beta"
             )
         best, higher = ("val/auc", True) if "val/auc" in values else ("val/loss", False)
-        run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
+        if math.isfinite(values["val/loss"]):  # NaN rewards have a place of their own in the order of the AUC
+            run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
         return values
 
     @torch.no_grad()
