@@ -25,6 +25,11 @@ from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import halves
 
 
+LOGGED_SAMPLES = 64
+"""Answers of one evaluation that go to samples.jsonl, the first ones, so always to the same prompts: at the default
+`--eval_interval` a run of 100,000 steps then writes some tens of megabytes."""
+
+
 def measure_samples(step: Step, rollout: Rollout) -> None:
     """Log what tells a healthy run from a hacked reward: scores, lengths, perplexity, distance from the reference."""
     mask, old_logps, ref_logps = rollout.response_mask, rollout.old_logps, rollout.ref_logps
@@ -176,7 +181,11 @@ def log_ratio_per_response(
 def evaluate_sampling(
     run: Run, flags: Any, roles: Roles, rewards: Rewards, prompts: Prompts
 ) -> tuple[dict[str, float], list[dict]]:
-    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
+    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them.
+
+    Returns:
+        The means over all answers, and the first `LOGGED_SAMPLES` answers for samples.jsonl.
+    """
     limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
     rows = list(range(limit))
     experiences = collect(run, flags, roles, rewards, prompts, rows, flags.eval_temperature)
@@ -202,6 +211,6 @@ def evaluate_sampling(
     decode = prompts.tokenizer.decode
     samples = [
         {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}
-        for e in experiences
+        for e in experiences[:LOGGED_SAMPLES]
     ]
     return values, samples

@@ -344,7 +344,7 @@ def main(flags: GRPOFlags) -> dict:
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    updates = flags.rollout_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    updates = flags.rollout_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     run.say(
         f"rlhf_grpo: {flags.num_samples} responses to each prompt, {run.global_batch * flags.num_samples} a rollout; "
         f"{mini_batch} prompts an optimiser step, {updates:,} optimiser steps in all at most; {flags.loss_type}, "

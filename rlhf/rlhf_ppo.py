@@ -340,7 +340,7 @@ def main(flags: PPOFlags) -> dict:
     mini_batches = flags.rollout_size // flags.mini_batch_size
     updates = flags.ppo_epochs * mini_batches
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    all_updates = flags.ppo_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    all_updates = flags.ppo_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     if flags.whiten_rewards and min(sizes) < 8:
         raise UserError(
             f"--whiten_rewards needs 8 responses, and the last rollout of an epoch has {min(sizes)} (of "
