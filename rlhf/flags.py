@@ -58,12 +58,18 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
 
 
 def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
-    """Run a script: parse its flags, call `main`, and end with status 2 and one sentence on a user's mistake."""
+    """Run a script: parse its flags, call `main`, and end with status 2 and one sentence on a user's mistake.
+
+    Ctrl-C, where the script doesn't listen to it itself, ends with status 130 and a word in the place of a traceback.
+    """
     try:
         main(parse(flags_class))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop}" if stop.args else "stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def _description(flags_class: type) -> str:
@@ -253,9 +259,11 @@ class RunFlags:
     resume: bool = False
     """Go on from the last whole checkpoint in --experiment_dir, to the weights of the run that never stopped."""
     save_interval: int = 1000
-    """Optimiser steps between checkpoints; 0: none but the final model."""
+    """Optimiser steps between checkpoints; one more comes after the last step. 0: none but the final model."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept (the best one is kept besides); 0 keeps all."""
+    keep_weights: int = 0
+    """Checkpoints before those of which the weights alone (their model/) are kept."""
     eval_interval: int = 100
     """Optimiser steps between evaluations; 0: only at the end."""
     eval_iters: int = 100

@@ -24,7 +24,6 @@ from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import halves
 
-
 LOGGED_SAMPLES = 64
 """Answers of one evaluation that go to samples.jsonl, the first ones, so always to the same prompts: at the default
 `--eval_interval` a run of 100,000 steps then writes some tens of megabytes."""

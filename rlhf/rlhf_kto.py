@@ -299,13 +299,9 @@ def main(flags: KTOFlags) -> dict:
     optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     rewards_so_far = RunningMoments()
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
-    extra = run.restore(models, optimizers)
-    if extra:
-        rewards_so_far.load_state_dict(extra["rewards_so_far"])
+    states = {"rewards_so_far": rewards_so_far}
+    run.restore(models, optimizers, states)
     run.open()
-
-    def state() -> dict:
-        return {"rewards_so_far": rewards_so_far.state_dict()}
 
     def assess() -> dict[str, float]:
         log_sample(run, policy.module, tokenizer)
@@ -332,8 +328,8 @@ def main(flags: KTOFlags) -> dict:
     response_lens = tokens - train.prompt_lens
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, state())
-        before, point = state(), None
+        run.save_if_due(models, optimizers, tokenizer, states)
+        before, point = rewards_so_far.state_dict(), None
         partner = partners_of(flags, step.global_rows, len(train))
         first, *later = step.cuts(tokens=tokens)
         ratios = [log_ratios([(i, partner[i]) for i in rows]) for rows in later if partner]
@@ -363,8 +359,8 @@ def main(flags: KTOFlags) -> dict:
         elif flags.loss_type == "bco":
             step.metrics.put("train/delta", point.item())
         if not step.update(optimizer, clip=flags.gradient_clip_val):
-            rewards_so_far.load_state_dict(before["rewards_so_far"])
-    return run.finish(models, optimizers, tokenizer, assess, state())
+            rewards_so_far.load_state_dict(before)
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -354,14 +354,9 @@ def main(flags: PPOFlags) -> dict:
     )
     models = {"model": roles.actor, "critic": roles.critic}
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    extra = run.restore(models, optimizers)
-    if extra:
-        kl.load_state_dict(extra["kl"])
-        score_moments.load_state_dict(extra["score_moments"])
+    states = {"kl": kl, "score_moments": score_moments}
+    run.restore(models, optimizers, states)
     run.open()
-
-    def state() -> dict:
-        return {"kl": kl.state_dict(), "score_moments": score_moments.state_dict()}
 
     def assess() -> dict[str, float]:
         log_sample(run, roles.actor, tokenizer)
@@ -374,7 +369,7 @@ def main(flags: PPOFlags) -> dict:
 
     for step in run.steps(len(prompts)):
         run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, state())
+        run.save_if_due(models, optimizers, tokenizer, states)
         began = time.perf_counter()
         before = score_moments.state_dict()
         try:
@@ -434,7 +429,7 @@ def main(flags: PPOFlags) -> dict:
             if flags.target_update_kl and sum(moved) / len(moved) > flags.target_update_kl:
                 break
         step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
-    return run.finish(models, optimizers, tokenizer, assess, state())
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rlhf.data.twin import (
     write_twin,
 )
 from rlhf.errors import UserError
-from rlhf.files import atomic_write
+from rlhf.files import WriteError, atomic_write
 
 try:
     import fcntl
@@ -236,7 +236,7 @@ def _build(path: Path, stage: str, ignore_index: int, *, keep_if_fresh: bool) ->
             with atomic_write(twin_path) as temporary:
                 write_twin(temporary, stage, lengths, pt_blocks(rows, stage, ignore_index=ignore_index))
                 stamp_twin(temporary, path)
-        except OSError:
+        except (OSError, WriteError):
             return _build_elsewhere(stage, lengths, rows, ignore_index)
         return open_twin(twin_path)
 

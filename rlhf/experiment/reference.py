@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rlhf.data.splits import Split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Run
-from rlhf.files import atomic_write
+from rlhf.files import WriteError, atomic_write, sweep
 from rlhf.models.policy import Policy
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
@@ -261,7 +261,8 @@ def _write(path: Path, known: dict[bytes, np.ndarray], run: Run) -> None:
     checksum = xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes())
     table = {"keys": keys.copy(), "offsets": offsets, "logps": flat, "checksum": np.array([checksum], dtype=np.uint64)}
     try:
+        sweep(path.parent)
         with atomic_write(path) as temporary:
             save_file(table, temporary)
-    except OSError as error:
-        run.say(f"note: {path} cannot be written ({error.strerror}); the reference will be computed again next time")
+    except (OSError, WriteError) as error:
+        run.say(f"note: the reference's log-probabilities will be computed again next time: {error}")
