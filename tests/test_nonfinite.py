@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf import rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
-from rlhf.advantages import RunningMoments
 from rlhf.errors import UserError
 from rlhf.experiment.finite import Sighting, guilty
 from rlhf.models.policy import Policy, Scorer
 from rlhf.rollouts import Sampling, choose, generate
-from rlhf.schedules import AdaptiveKL
 from rlhf.trees.forest import Forest, Tree
 from tests import grpo, ppo
 from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
@@ -239,9 +237,9 @@ def test_c25_targets_that_overflow_leave_no_trace_in_the_running_moments(lab, tm
             targets.returns[1, 0] = INF
         return targets
 
-    def watched(self, models, optimizers, tokenizer, extra=None):
-        states.append(json.loads(json.dumps(extra)))
-        return save(self, models, optimizers, tokenizer, extra)
+    def watched(self, models, optimizers, tokenizer, kept=None):
+        states.append({name: dict(part.state_dict()) for name, part in kept.items()})
+        return save(self, models, optimizers, tokenizer, kept)
 
     monkeypatch.setattr(rlhf_ppo, "targets_of", spoiled)
     monkeypatch.setattr(rlhf_ppo.Run, "save_if_due", watched)
@@ -345,25 +343,3 @@ def test_c25_a_reference_that_is_not_finite_stops_the_run_before_its_first_step(
     main, flags = settings_of(lab, script, tmp_path / "skip", skip_nonfinite_steps=1)
     main(flags)
     assert trained_lines(tmp_path / "skip")[-1]["train/skipped_steps"] == 1
-
-
-# ------------------------------------------------------------------------------------------------ long runs' numbers
-
-
-def test_running_moments_after_a_thousand_million_samples():
-    """10^9 scores of mean 1,000 and deviation 2, then 64 of 1,003: the mean rises by 3 * 64 / (10^9 + 64), which
-    float32 cannot hold, and the sum of squares by 9 * 64 (1 - 6.4e-8)."""
-    moments = RunningMoments()
-    moments.load_state_dict({"count": 1e9, "mean": 1000.0, "m2": 4.0 * (1e9 - 1)})
-    moments.update(torch.full((64,), 1003.0))
-    assert moments.count == 1e9 + 64
-    assert moments.mean - 1000.0 == pytest.approx(3 * 64 / (1e9 + 64), rel=1e-5)
-    assert moments.state_dict()["m2"] - 4.0 * (1e9 - 1) == pytest.approx(576.0, rel=1e-3)
-
-
-def test_a_kl_controller_over_a_million_updates_stays_within_its_bounds():
-    """K3: a million updates at twice the target, of 64 of 10^9 responses each: beta grows by exp(0.2 * 0.064)."""
-    controller = AdaptiveKL(0.1, target=6.0, horizon=1e9)
-    for _ in range(1_000_000):
-        controller.update(kl=12.0, n=64)
-    assert controller.value == pytest.approx(0.1 * math.exp(0.2 * 64e6 / 1e9), rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -50,7 +51,7 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError(f"--experiment_dir={folder}: there is no run there to resume; leave --resume out to start it")
     if flags.keep_weights and not flags.keep_checkpoints:
         raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
-    if not flags.resume and (folder / "args.json").exists():
+    if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
@@ -58,6 +59,24 @@ def start_experiment(flags: Any, script: str) -> Run:
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     return Run(fabric, flags, script, folder)
+
+
+def claimed(folder: Path) -> Path:
+    """Make a folder that nobody else has: this one, or with -2, -3 and so on where other runs have taken its name.
+
+    Runs that start in one second, or in an hour that the clock repeats, come to the same name.
+    """
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    name = folder
+    while True:
+        try:
+            name.mkdir(parents=True)
+        except FileExistsError:
+            name = next(names)
+        except OSError:
+            return name  # the first write into it says why
+        else:
+            return name
 
 
 class Run:
@@ -204,6 +223,9 @@ class Run:
         """
         if self.ended:
             return
+        if not self.flags.experiment_dir:
+            self.folder = Path(self.fabric.broadcast(str(claimed(self.folder)) if self.rank == 0 else ""))
+            self.checkpoints.folder = self.folder / "checkpoints"
         fault = self._on_first(self._open)
         if fault is not None:
             raise WriteError(fault)
