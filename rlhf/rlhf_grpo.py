@@ -46,9 +46,9 @@ from torch import Tensor
 
 from rlhf.advantages import token_rewards
 from rlhf.data.prompts import Prompts
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, collect, penalised_scores, stack
+from rlhf.experience import Experience, Rollout, check_finite, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
@@ -307,6 +307,7 @@ def policy_loss(actor: torch.nn.Module, batch: Batch, flags: GRPOFlags, step: St
     """The weighted sum of a micro-batch's token losses; what it shows goes into the metrics."""
     forest, mask, old_logps = batch.forest, batch.forest.target_mask, batch.old_logps
     token_logps, entropies = actor(forest, temperature=flags.temperature, entropy=True)
+    step.watch("log-probabilities", token_logps, forest)
     log_ratios = (forest.dense(token_logps) - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     logps, entropies = old_logps + log_ratios, forest.dense(entropies)
     if flags.loss_type == "gspo":
@@ -355,7 +356,7 @@ def main(flags: GRPOFlags) -> dict:
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    updates = flags.rollout_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    updates = flags.rollout_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     run.say(
         f"rlhf_grpo: {flags.num_samples} responses to each prompt, {run.global_batch * flags.num_samples} a rollout; "
         f"{mini_batch} prompts an optimiser step, {updates:,} optimiser steps in all at most; {flags.loss_type}, "
@@ -379,7 +380,16 @@ def main(flags: GRPOFlags) -> dict:
         return values
 
     for step in run.steps(len(prompts)):
-        sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
+        try:
+            sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
+            experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
+            rollout = stack(experiences, flags.max_new_tokens)
+            scores = penalised_scores(experiences, flags.missing_eos_penalty)
+            advantages, token_kl = advantages_of(rollout, scores, flags)
+            check_finite(prompts, experiences, {"advantages": advantages})
+        except NonFiniteError as error:
+            step.skip(error)
+            continue
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
         guards.watch(step, sampled)
@@ -393,12 +403,6 @@ def main(flags: GRPOFlags) -> dict:
         step.metrics.put("train/equal_groups", equal.double().mean().item())
         step.metrics.put("train/trained_groups", len(kept))
 
-        experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
-        rollout, scores = (
-            stack(experiences, flags.max_new_tokens),
-            penalised_scores(experiences, flags.missing_eos_penalty),
-        )
-        advantages, token_kl = advantages_of(rollout, scores, flags)
         if flags.kl_in == "reward":
             charged = flags.kl_coef * (token_kl * rollout.response_mask).sum(1)
             step.metrics.put("train/kl_penalty", charged.mean().item() if kept else 0.0)
@@ -406,6 +410,7 @@ def main(flags: GRPOFlags) -> dict:
 
         lengths = rollout.response_mask.sum(1).view(-1, flags.num_samples).sum(1)
         tokens = lengths + torch.tensor([len(e.prompt) for e in experiences[:: flags.num_samples]], dtype=torch.long)
+        row_of = [e.row for e in experiences[:: flags.num_samples]]
         for epoch in range(flags.rollout_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(kept), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
@@ -413,7 +418,8 @@ def main(flags: GRPOFlags) -> dict:
                 groups = order[start : start + mini_batch]
                 weights = weights_of(rollout, responses_of(groups, flags.num_samples), flags)
                 of_groups = partial(pack, experiences, rollout, advantages, weights, flags.num_samples)
-                for batch in step.micro_batches(of_groups, actor, rows=groups, tokens=tokens):
+                given = {"rows": groups, "row_of": row_of, "tokens": tokens}
+                for batch in step.micro_batches(of_groups, actor, **given):
                     batch.to(run.device)
                     step.backward(policy_loss(actor, batch, flags, step))
                     step.num_tokens += batch.forest.num_tokens

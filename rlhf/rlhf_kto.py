@@ -28,6 +28,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_kto.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
-from rlhf.experiment.reference import ReferenceLogps, reference_logps
+from rlhf.experiment.reference import ReferenceLogps, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
     BatchFlags,
@@ -253,6 +254,7 @@ def references_of(
         order = {"seed": flags.seed, "shuffle": flags.shuffle}
         pairs += mismatched_of_run(run.total_steps, len(train), run.global_batch, **order)
     found = stored(train, pairs), None
+    check_reference(run, found[0], train)
     if validation is not None:
         rows = run.rows_to_evaluate(len(validation), flags.eval_iters)
         pairs = [(i, i) for i in rows]
@@ -312,7 +314,8 @@ def main(flags: KTOFlags) -> dict:
                 f"warning: the good responses have lost {drop:.2f} nats a token; lower --learning_rate or raise --beta"
             )
         best, higher = ("val/auc", True) if "val/auc" in values else ("val/loss", False)
-        run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
+        if math.isfinite(values["val/loss"]):  # NaN rewards have a place of their own in the order of the AUC
+            run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
         return values
 
     @torch.no_grad()
@@ -340,6 +343,9 @@ def main(flags: KTOFlags) -> dict:
                 point = point_of_reference(run, flags, rewards_so_far, ratios, step.weight)
             labels, lengths = all_labels[batch.rows].to(run.device), batch.forest.target_mask.sum(1)
             losses = row_losses(flags, policy_logps, ref_logps, labels, point)
+            step.watch("log-probabilities", policy_logps)
+            step.watch("reference log-probabilities", ref_logps)
+            step.watch("losses", losses)
             step.backward(losses.sum() / len(step.global_rows))
             measure(step.metrics, "train", flags, losses, policy_logps, ref_logps, labels, lengths, point, step.weight)
             step.num_tokens += batch.forest.num_tokens

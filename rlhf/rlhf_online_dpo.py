@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
@@ -51,7 +51,7 @@ from rlhf.flags import (
 from rlhf.guards import GuardFlags, Guards, check_guards
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
+from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples, watch_pairs
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
 from rlhf.rewards.mix import load_rewards
@@ -210,9 +210,14 @@ def main(flags: OnlineDPOFlags) -> dict:
 
     warned = False
     for step in run.steps(len(prompts)):
-        experiences = collect(
-            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=flags.num_samples
-        )
+        num = flags.num_samples
+        try:
+            experiences = collect(
+                run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=num
+            )
+        except NonFiniteError as error:
+            step.skip(error)
+            continue
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
@@ -231,17 +236,20 @@ def main(flags: OnlineDPOFlags) -> dict:
 
         reference = partial(ref_logps_of, pairs) if flags.uses_reference else None
         tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
-        drop = run.metrics()
+        row_of, drop = [best.row for best, _ in pairs], run.metrics()
         for epoch in range(flags.rollout_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(pairs), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
             for start in range(0, len(order), mini_batch):
                 rows = order[start : start + mini_batch]
                 num_chosen_tokens = sum(len(pairs[i][0].response) for i in rows)
-                for forest, mine in step.micro_batches(partial(pack, pairs), actor, rows=rows, tokens=tokens):
+                given = {"rows": rows, "row_of": row_of, "tokens": tokens}
+                for forest, mine in step.micro_batches(partial(pack, pairs), actor, **given):
                     policy = partial(actor, temperature=flags.temperature)
                     logps = pair_logps(flags, policy, reference, forest.to(run.device), mine)
-                    loss = pair_losses(flags, logps).sum() / len(rows)
+                    losses = pair_losses(flags, logps)
+                    watch_pairs(step, logps, losses)
+                    loss = losses.sum() / len(rows)
                     loss = loss + flags.chosen_nll_coef * chosen_nll(logps).sum() / max(1, num_chosen_tokens)
                     step.backward(loss)
                     step.metrics.add("train/loss", loss * len(rows) * step.weight, len(mine) * step.weight)

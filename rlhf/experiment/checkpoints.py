@@ -128,8 +128,9 @@ class Checkpoints:
             (temporary / "best.json").write_text(content + "\n", encoding="utf-8")
 
     def steps(self) -> list[Path]:
-        """The folders `step-*`, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+        """The folders `step-*`, oldest first: by number, as that of step 100,000,000 is longer than the others."""
+        found = (p for p in self.folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
+        return sorted(found, key=lambda p: int(p.name[5:]))
 
     def any_trace(self) -> bool:
         """Whether there is, or was, a checkpoint."""

@@ -43,7 +43,7 @@ class Logs:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, null for what is not finite (JSON has no NaN); the logger gets the numbers."""
-        self._metrics.write({"step": step, **{n: x if math.isfinite(x) else None for n, x in values.items()}})
+        self._metrics.write({"step": step, **finite_or_null(values)})
         if self._logger is not None:
             try:
                 self._logger.log_metrics(values, step)
@@ -81,6 +81,11 @@ class Logs:
 
     def _events(self) -> list[Path]:
         return sorted((self._folder / "tensorboard").glob("events.*"))
+
+
+def finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for numbers that are not finite, which JSON has no word for."""
+    return {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in values.items()}
 
 
 class Lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -20,12 +21,12 @@ from tqdm import tqdm
 
 from rlhf.data.prompts import Prompts, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
 from rlhf.experiment.devices import make_fabric
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
 from rlhf.experiment.lifeline import Lifeline, hold
-from rlhf.experiment.logs import Logs, environment
+from rlhf.experiment.logs import Logs, environment, finite_or_null
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.signals import Signals
 from rlhf.experiment.steps import Step
@@ -51,7 +52,7 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError(f"--experiment_dir={folder}: there is no run there to resume; leave --resume out to start it")
     if flags.keep_weights and not flags.keep_checkpoints:
         raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
-    if not flags.resume and (folder / "args.json").exists():
+    if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
@@ -60,6 +61,24 @@ def start_experiment(flags: Any, script: str) -> Run:
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     return Run(fabric, flags, script, folder, lifeline)
+
+
+def claimed(folder: Path) -> Path:
+    """Make a folder that nobody else has: this one, or with -2, -3 and so on where other runs have taken its name.
+
+    Runs that start in one second, or in an hour that the clock repeats, come to the same name.
+    """
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    name = folder
+    while True:
+        try:
+            name.mkdir(parents=True)
+        except FileExistsError:
+            name = next(names)
+        except OSError:
+            return name  # the first write into it says why
+        else:
+            return name
 
 
 class Run:
@@ -207,6 +226,9 @@ class Run:
         """
         if self.ended:
             return
+        if not self.flags.experiment_dir:
+            self.folder = Path(self.fabric.broadcast(str(claimed(self.folder)) if self.rank == 0 else ""))
+            self.checkpoints.folder = self.folder / "checkpoints"
         fault = self._on_first(self._open)
         if fault is not None:
             raise WriteError(fault)
@@ -240,8 +262,14 @@ class Run:
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
         self._seed_step()  # so that neither depends on the other, or on which of them a resumed run comes to first
-        self._values = assess()
+        try:
+            self._values = assess()
+        except NonFiniteError as error:
+            self.say(f"warning: no evaluation after step {self.step_index}: {error}")
+            self._values = {}
         self._seed_step()
+        if wrong := [name for name, value in self._values.items() if not math.isfinite(value)]:
+            self.say(f"warning: {', '.join(wrong)} of the evaluation after step {self.step_index} are not finite")
         self._evaluated_at = self.step_index
         if self._values:
             self.log({**self._values, "perf/evaluation_seconds": time.perf_counter() - began})
@@ -289,8 +317,8 @@ class Run:
         return f"{fault}, then go on {after} with --resume=True"
 
     def save_best(self, role: Role, tokenizer, metric: str, value: float, *, higher: bool) -> None:
-        """Keep these weights as `checkpoints/best` if `value` beats the best so far, and the disk has room."""
-        if self.flags.save_interval <= 0:
+        """Keep these weights as `checkpoints/best` if `value` is finite and the best so far, and the disk has room."""
+        if self.flags.save_interval <= 0 or not math.isfinite(value):
             return
         fault = self._on_first(
             lambda: self.checkpoints.save_best(self.step_index, role, tokenizer, metric, value, higher=higher)
@@ -424,7 +452,7 @@ class Run:
                 self.logs.close()
                 if not self.interrupted:
                     save_final(models["model"], tokenizer, self.folder / "final")
-                    write_json(self.folder / "summary.json", summary)
+                    write_json(self.folder / "summary.json", finite_or_null(summary))
 
             fault = self._on_first(write)
             if fault is not None:
