@@ -249,7 +249,8 @@ class OptimizerFlags:
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up: not at all, or to 0 along a line or a cosine."""
     skip_nonfinite_steps: int = 0
-    """Steps with a non-finite loss or gradient norm that are skipped before the run stops."""
+    """Updates and rollouts with a loss, gradient, log-probability, value, reward or advantage that is not finite, which
+    are skipped, as if they had not been, before the run stops."""
 
 
 @dataclass(kw_only=True)

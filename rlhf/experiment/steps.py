@@ -136,11 +136,11 @@ class Step:
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        zero, sightings = torch.zeros((), device=norm.device), self._sightings.pop(name, [])
+        zero, sightings = torch.zeros((), device=run.device), self._sightings.pop(name, [])
         seen = torch.stack([self._losses.pop(name, zero), self._checks.pop(name, zero)])
         if run.world_size > 1:  # the norm is the same on every device already
             seen = run.fabric.all_reduce(seen, reduce_op="sum")
-        loss, check, norm_found = torch.cat([seen, norm.float()[None]]).tolist()
+        loss, check, norm_found = torch.cat([seen, norm.float()[None].to(seen.device)]).tolist()
         whole = math.isfinite(loss + check + norm_found)
         if not whole:
             self.skip(self._blamed(name, {"loss": loss, "gradient norm": norm_found}, sightings, parameters))
