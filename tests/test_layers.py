@@ -27,6 +27,7 @@ LAYERS = {
     "rlhf/allocator.py": 0,
     "rlhf/schedules.py": 0,
     "rlhf/reports.py": 0,
+    "rlhf/untrusted.py": 1,
     "rlhf/losses/*.py": 0,
     "rlhf/flags.py": 1,
     "rlhf/data/*.py": 1,

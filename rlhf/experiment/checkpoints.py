@@ -16,14 +16,16 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from rlhf.errors import UserError
 from rlhf.files import atomic_dir
+from rlhf.models.adapters import adapter_weights
 from rlhf.models.loading import Role, save_model
+from rlhf.untrusted import UnreadableFileError, check_inside, read_json, read_pickle, read_tensors, shards
 
 FREE_TO_CHANGE = {
     "accelerator",
@@ -52,7 +54,7 @@ PER_DEVICE = ("mini_batch_size", "rollout_size")
 """Flags that count on each device: a resumed run may share the same rows out over another number of devices."""
 
 
-BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError, UnreadableFileError)
 """What reading a file raises that was cut, emptied or overwritten."""
 
 
@@ -100,7 +102,7 @@ class Checkpoints:
         """Replace `best` where `value` is better than what it holds."""
         record = self.folder / "best" / "best.json"
         if record.is_file():
-            best = json.loads(record.read_text(encoding="utf-8"))["value"]
+            best = read_json(record, "remove its folder", constants=True)["value"]
             if value <= best if higher else value >= best:
                 return
         with atomic_dir(self.folder / "best") as temporary:
@@ -125,11 +127,9 @@ class Checkpoints:
         """
         for folder in reversed(self.steps()):
             try:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                optimizer_states = {
-                    name: torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu")
-                    for name in optimizers
-                }
+                check_inside(folder, self.folder)
+                state = read_json(folder / "state.json", constants=True)
+                optimizer_states = {name: read_pickle(folder / f"{name}.pt") for name in optimizers}
                 weights = {name: _read(folder, name, role) for name, role in models.items()}
                 saved_flags, saved_world_size = state["flags"], state["world_size"]
             except BROKEN as error:
@@ -152,15 +152,15 @@ def _trained(role: Role) -> dict[str, torch.Tensor]:
 
 def _read(folder: Path, name: str, role: Role) -> dict[str, torch.Tensor]:
     if name != "model":
-        return load_file(folder / f"{name}.safetensors")
+        return read_tensors(folder / f"{name}.safetensors")
     if isinstance(role.model, PeftModel):
-        return load_peft_weights(str(folder / "model"), device="cpu")
+        return adapter_weights(str(folder / "model"))
     index = folder / "model" / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = shards(index)
     else:
         files = ["model.safetensors"]
-    return {key: value for file in files for key, value in load_file(folder / "model" / file).items()}
+    return {key: value for file in files for key, value in read_tensors(folder / "model" / file).items()}
 
 
 def _load(name: str, role: Role, weights: dict[str, torch.Tensor], where: str) -> None:
