@@ -32,7 +32,7 @@ LARGEST_JSON = 4 << 20
 _LARGEST_INDEX = 16 << 20
 _LARGEST_TOKENIZER = 256 << 20
 _LARGEST_HEADER = 8 << 20
-_MOST_LAYERS = 4096
+_MOST_LAYERS = 1024
 _DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),

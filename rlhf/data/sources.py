@@ -25,7 +25,7 @@ CHUNK_ROWS = 512
 _CHUNK_BYTES = 1 << 20
 _READ = 1 << 16
 _LARGEST_ITEM = 1 << 24
-_MOST_FOLD = 200
+_MOST_FOLD = 50
 _BETWEEN = re.compile(r"[\s,]*")
 _SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 

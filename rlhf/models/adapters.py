@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from peft import (
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
 from rlhf.models.forward import trunk_of
-from rlhf.untrusted import UnreadableFileError, check_finite, check_folder, first_line, read_json
+from rlhf.untrusted import UnreadableFileError, check_finite, check_folder, first_line, read_json, why_no_pickle
 
 
 def adapter_base(folder: str) -> str | None:
@@ -66,6 +67,8 @@ def adapter_weights(folder: str) -> dict[str, Tensor]:
     check_folder(folder)
     try:
         weights = load_peft_weights(folder, device="cpu")
+    except UnpicklingError as error:
+        raise UserError(why_no_pickle(folder, error)) from None
     except Exception as error:  # of files that were tampered with, the libraries raise anything
         raise UserError(f"the weights in {folder} cannot be read ({first_line(error)}); copy them again") from None
     check_finite(weights.items(), folder)

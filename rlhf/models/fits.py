@@ -31,6 +31,12 @@ def check_shapes(folder: str, config: PretrainedConfig, kind, tensors: dict[str,
     held = sum(path.stat().st_size for suffix in ("safetensors", "bin") for path in Path(folder).glob(f"*.{suffix}"))
     if not held:
         return  # transformers says best which files it looked for
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if tensors and isinstance(layers, int) and layers > len(tensors):
+        raise UserError(
+            f"{folder}: its config.json has num_hidden_layers={layers}, and its weights are {len(tensors)} tensors; "
+            f"copy both from the same model"
+        )
     with torch.device("meta"):
         model = kind.from_config(copy.deepcopy(config))
     packed = getattr(config, "quantization_config", None) is not None
