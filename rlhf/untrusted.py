@@ -319,18 +319,20 @@ def _check_layers(path: Path, settings: dict[str, Any]) -> None:
             raise UnreadableFileError(f"{path} says {name}={value}, and no model has more than {_MOST_LAYERS}; mend it")
 
 
-def check_inside(path: Path, folder: Path) -> None:
-    """Refuse a file or folder of an experiment that links have brought elsewhere: an experiment holds its own.
+def check_inside(folder: Path, experiment: Path) -> None:
+    """Refuse a folder of an experiment if links bring it, or a file in it, elsewhere: an experiment holds its own.
 
     Raises:
-        UnreadableFileError: following all links, `path` does not lie in `folder`.
+        UnreadableFileError: following all links, one of them does not lie in `experiment`.
     """
-    try:
-        inside = path.resolve(strict=True).is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
-        inside = False
-    if not inside:
-        raise UnreadableFileError(f"{path} is a link that leads out of {folder}; put a copy there")
+    root = experiment.resolve()
+    for path in (folder, *sorted(folder.rglob("*"))):
+        try:
+            inside = path.resolve(strict=True).is_relative_to(root)
+        except (OSError, RuntimeError):
+            inside = False
+        if not inside:
+            raise UnreadableFileError(f"{path} is a link that leads out of {experiment}; put a copy there")
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:

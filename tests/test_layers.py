@@ -50,7 +50,6 @@ ALLOWED = {
         "datasets",
         "httpx",
         "huggingface_hub",
-        "jinja2",
         "matplotlib",
         "numpy",
         "pyarrow",

@@ -128,7 +128,7 @@ class Checkpoints:
         for folder in reversed(self.steps()):
             try:
                 check_inside(folder, self.folder)
-                state = read_json(folder / "state.json", constants=True)
+                state = _state(folder)
                 optimizer_states = {name: read_pickle(folder / f"{name}.pt") for name in optimizers}
                 weights = {name: _read(folder, name, role) for name, role in models.items()}
                 saved_flags, saved_world_size = state["flags"], state["world_size"]
@@ -216,3 +216,16 @@ def _check_batches(flags: Any, world_size: int, saved: dict[str, Any], saved_wor
             f"--advantage_scope=rank whitens on each device apart, and the run in {folder} has {saved_world_size} "
             f"devices, not {world_size}; resume it on {saved_world_size}"
         )
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What state.json says of the run, as far as it is of the right types and of this folder."""
+    path = folder / "state.json"
+    state = read_json(path, constants=True, largest=16 << 20)
+    kinds = {"step": int, "world_size": int, "flags": dict, "extra": dict}
+    for key, kind in kinds.items():
+        if type(state.get(key)) is not kind:
+            raise UnreadableFileError(f"{path} has no {key!r} that is one; resume from another checkpoint")
+    if f"step-{state['step']:08d}" != folder.name:
+        raise UnreadableFileError(f"{path} is of step {state['step']}; resume from another checkpoint")
+    return state
