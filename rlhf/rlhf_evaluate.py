@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf.data.prompts import load_prompts
-from rlhf.data.splits import check_tokenizer, has_split, load_split
+from rlhf.data.prompts import Prompts, load_prompts
+from rlhf.data.splits import Split, check_tokenizer, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.fits import check_split, check_vocabulary
 from rlhf.files import write_json
 from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, check_positive, launch
+from rlhf.models.forward import unwrapped
 from rlhf.models.loading import load_policy, load_scorer, resolve, tokenizer_of
 from rlhf.models.policy import Policy
 from rlhf.reports import accuracy_of, interval_of, paired_p_value
@@ -121,6 +123,13 @@ def named_models(models: list[str]) -> dict[str, str]:
     return found
 
 
+def _check_fits(policy: Policy, tokenizer, prompts: Prompts, splits: dict[str, Split], flags: EvaluateFlags) -> None:
+    check_vocabulary(tokenizer, unwrapped(policy.model))
+    check_split(prompts.split, unwrapped(policy.model), new_tokens=flags.max_new_tokens)
+    for split in splits.values():
+        check_split(split, unwrapped(policy.model))
+
+
 def main(flags: EvaluateFlags) -> dict:
     """Evaluate all models; returns the results by model name."""
     check_positive(flags, "temperature", "max_new_tokens", "num_seeds", "micro_batch_size", "rollout_mini_batch_size")
@@ -164,6 +173,7 @@ def main(flags: EvaluateFlags) -> dict:
     for name in tqdm(order, desc="models"):
         is_baseline = name == baseline_name
         policy = baseline if is_baseline else fabric.to_device(load_policy(sources[name], flags, trainable=False))
+        _check_fits(policy, tokenizer, prompts, splits, flags)
         found: dict = {"model": sources[name]}
         with fabric.autocast():
             if "finetune" in splits:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from rlhf.data.prompts import Prompts, load_prompts
+from rlhf.data.prompts import Prompts, example_prompt, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.fits import check_prompt, check_split, check_vocabulary
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
 from rlhf.experiment.lifeline import Lifeline, hold
 from rlhf.experiment.logs import Logs, environment, finite_or_null
@@ -32,6 +33,7 @@ from rlhf.experiment.signals import Signals
 from rlhf.experiment.steps import Step
 from rlhf.files import WriteError, sweep, write_json
 from rlhf.flags import check_positive
+from rlhf.models.forward import unwrapped
 from rlhf.models.loading import Role
 from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
 
@@ -113,6 +115,8 @@ class Run:
         self._values: dict[str, float] = {}
         self._step: Step | None = None
         self._data_info: dict = {}
+        self._read: list[tuple[Split, int | None]] = []
+        self._tokenizer: Any = None
 
     def say(self, text: str) -> None:
         """Print once, not once a device."""
@@ -132,7 +136,7 @@ class Run:
         for split in (train, validation):
             if split is not None:
                 check_tokenizer(split, tokenizer)
-                self._note(split)
+                self._note(split, tokenizer)
         return train, validation
 
     def load_prompts(self, name: str, tokenizer) -> Prompts | None:
@@ -140,16 +144,34 @@ class Run:
         with self.fabric.rank_zero_first(local=True):
             prompts = load_prompts(self.flags.data_dir, name, tokenizer)
         if prompts is not None:
-            self._note(prompts.split)
+            self._note(prompts.split, tokenizer, new_tokens=getattr(self.flags, "max_new_tokens", 0))
         return prompts
 
-    def _note(self, split: Split) -> None:
-        """For data.json: how the data was made, and a hash of the rows of every split that the run reads."""
+    def _note(self, split: Split, tokenizer, *, new_tokens: int | None = None) -> None:
+        """For data.json: how the data was made, and a hash of the rows of every split that the run reads.
+
+        For `setup`, which sees the models: what has to fit them.
+        """
+        self._tokenizer = tokenizer
+        self._read.append((split, new_tokens))
         read = {**self._data_info.get("read", {}), f"{split.stage}_{split.name}": split.fingerprint}
         self._data_info = {**data_info(self.flags.data_dir), "read": read}
 
     def setup(self, module: nn.Module) -> nn.Module:
-        """Move a model to this run's device and under its strategy."""
+        """Move a model to this run's device and under its strategy.
+
+        Raises:
+            UserError: a row of the splits that were loaded, or a token of their tokenizer, does not fit the model.
+        """
+        model = unwrapped(module.model)
+        if self._tokenizer is not None:
+            check_vocabulary(self._tokenizer, model)
+        for split, new_tokens in self._read:
+            check_split(split, model, new_tokens=new_tokens)
+        prompt = example_prompt(self.flags.data_dir)
+        if prompt is not None and hasattr(self.flags, "max_new_tokens"):
+            where = f"{self.flags.data_dir}/example_prompt.pt"
+            check_prompt(prompt, self.flags.max_new_tokens, model, where)
         module.own_parameters()
         module = self.fabric.setup_module(module)
         self.modules.append(module)
