@@ -37,6 +37,7 @@ from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
 from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
 from rlhf.files import write_json
+from rlhf.paths import check_writable
 
 _POOL_PAYS_BYTES = 4 << 20
 _EARLY_CHECK_ROWS = 1000
@@ -86,8 +87,7 @@ def prepare(
     """
     check_flags(flags)
     destination = Path(flags.destination_dir).expanduser()
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"--destination_dir {destination} is a file; give a folder")
+    check_writable(destination, "destination_dir")
     data_info(destination)  # an unreadable args.json is better found now than after the work
     tokenizer = load_tokenizer(flags.tokenizer_name, trust_remote_code=flags.trust_remote_code)
     sources = {"train": made} if made else _open_sources(flags, sample)

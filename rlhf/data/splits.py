@@ -130,7 +130,10 @@ def load_split(data_dir: str | Path, stage: str, name: str) -> Split:
             f"{Path(data_dir) / f'{stage}_{name}.pt'} is missing ({there}); write it with a prepare_data.py: "
             f"--destination_dir={data_dir} --stage={stage}{share}"
         )
-    return Split(data_dir, stage, name)
+    split = Split(data_dir, stage, name)
+    if not len(split):
+        raise _no_rows(split.path)
+    return split
 
 
 def has_split(data_dir: str | Path, stage: str, name: str) -> bool:
@@ -227,6 +230,8 @@ def _build(path: Path, stage: str, ignore_index: int, *, keep_if_fresh: bool) ->
         if keep_if_fresh and (twin := _fresh_twin(path, stage)):
             return twin
         rows = read_pt(path, stage, ignore_index=ignore_index)
+        if not rows:
+            raise _no_rows(path)
         lengths = {
             c: np.array([len(row[c].encode()) if c == "reference" else len(row[c]) for row in rows], np.int64)
             for c in SCHEMAS[stage].sequences
@@ -250,6 +255,10 @@ def _build_elsewhere(stage: str, lengths: dict, rows: list, ignore_index: int) -
         return open_twin(Path(name))
     finally:
         os.unlink(name)
+
+
+def _no_rows(path: Path) -> UserError:
+    return UserError(f"{path} holds no rows; prepare the data again")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ class Logs:
             self._logger.finalize("success")
 
 
+def check_logger(name: str) -> None:
+    """Raise `UserError` for a logger whose package is not installed."""
+    if name == "wandb" and find_spec("wandb") is None:
+        raise UserError("--logger=wandb needs the wandb package: pip install wandb")
+
+
 def _append(path: Path, value: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
@@ -69,12 +76,9 @@ def _make_logger(name: str, folder: Path, script: str):
     if name == "csv":
         return CSVLogger(root_dir=folder, name="csv", version="")
     if name == "wandb":
-        try:
-            from lightning.pytorch.loggers import WandbLogger
+        from lightning.pytorch.loggers import WandbLogger
 
-            return WandbLogger(project="rlhf", name=f"{script}/{folder.name}", save_dir=str(folder))
-        except ModuleNotFoundError:
-            raise UserError("--logger=wandb needs the wandb package: pip install wandb") from None
+        return WandbLogger(project="rlhf", name=f"{script}/{folder.name}", save_dir=str(folder))
     return None
 
 

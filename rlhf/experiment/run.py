@@ -22,12 +22,12 @@ from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_
 from rlhf.errors import UserError
 from rlhf.experiment.checkpoints import Checkpoints
 from rlhf.experiment.devices import make_fabric
-from rlhf.experiment.logs import Logs, environment
+from rlhf.experiment.logs import Logs, check_logger, environment
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.steps import Step
 from rlhf.files import atomic_dir, write_json
-from rlhf.flags import check_positive
 from rlhf.models.loading import Role, save_model
+from rlhf.paths import check_writable
 from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
 
 
@@ -37,13 +37,15 @@ def start_experiment(flags: Any, script: str) -> Run:
     Raises:
         UserError: flags that contradict each other, or an experiment folder that is taken.
     """
-    check_positive(flags, "mini_batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs")
-    check_positive(flags, "log_interval", "max_new_tokens", "temperature", "top_p", "lora_rank")
     folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if flags.resume and not flags.experiment_dir:
         raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
+    if flags.resume and not folder.is_dir():
+        raise UserError(f"--experiment_dir={folder} holds no run to go on with; start it without --resume")
     if not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
+    check_writable(folder, "experiment_dir")
+    check_logger(flags.logger)
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()
