@@ -36,11 +36,15 @@ from rlhf.rollouts import Sampling
 END_OF_TURN, LENGTH, CONTEXT, STOPPED = "end of turn", "length limit", "context full", "stopped"
 
 
+_RANGES = {**RANGES, "temperature": NOT_BELOW_0}
+"""A temperature of 0 is the likeliest token, as on the page."""
+
+
 @dataclass(kw_only=True)
 class ServingFlags(GenerationFlags):
     """Models and server."""
 
-    ranges = {**RANGES, "temperature": NOT_BELOW_0}
+    ranges = _RANGES
 
     experiment_dir: list[str] = field(action="extend", nargs="+")  # noqa: RUF009
     """Experiments, model folders or hub ids to choose among on the page; several, to compare them."""

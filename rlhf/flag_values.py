@@ -40,26 +40,30 @@ class Range:
         >>> str(Range(0, above=True)), str(Range(0)), str(Range(0, 1, below=True))
         ('must be above 0', 'must not be below 0', 'must be in [0, 1)')
         """
+        low, high = (f"{x:,.10g}" for x in (self.low, self.high))
         if math.isinf(self.high):
-            return f"must be above {self.low:g}" if self.above else f"must not be below {self.low:g}"
-        if math.isinf(self.low):
-            return f"must be below {self.high:g}" if self.below else f"must not be above {self.high:g}"
-        return f"must be in {'([' [not self.above]}{self.low:,g}, {self.high:,g}{')]'[not self.below]}"
+            return f"must be above {low}" if self.above else f"must not be below {low}"
+        return f"must be in {'(' if self.above else '['}{low}, {high}{')' if self.below else ']'}"
 
 
 ANY, ABOVE_0, NOT_BELOW_0, SHARE = Range(), Range(0, above=True), Range(0), Range(0, 1)
 
+
+def _each(names: str, allowed: Range) -> dict[str, Range]:
+    return dict.fromkeys(names.split(), allowed)
+
+
 RANGES = {
-    **dict.fromkeys(
+    **_each(
         """
         epochs max_steps mini_batch_size micro_batch_size micro_batch_tokens rollout_size rollout_mini_batch_size
         ppo_epochs rollout_epochs num_samples log_interval num_nodes lora_rank lora_alpha optimizer_eps beta
         temperature eval_temperature max_new_tokens target_kl_coeff kl_horizon reward_clip_value ref_update_interval
         loss_weights num_seeds keep_loaded num_problems limit max_length max_prompt_length max_response_length
-        """.split(),
+        """,
         ABOVE_0,
     ),
-    **dict.fromkeys(
+    **_each(
         """
         learning_rate actor_learning_rate critic_learning_rate weight_decay gradient_clip_val lr_warmup_steps
         skip_nonfinite_steps save_interval keep_checkpoints eval_interval eval_iters top_k reward_timeout
@@ -67,15 +71,13 @@ RANGES = {
         value_clip_coeff vf_coeff entropy_coef ptx_coef advantage_clip_value max_ratio target_update_kl clip_low
         clip_high max_resamples missing_eos_penalty cpo_alpha simpo_gamma orpo_lambda sft_coef num_prompts num_rows
         num_shown
-        """.split(),
+        """,
         NOT_BELOW_0,
     ),
-    **dict.fromkeys(
-        "ld_alpha gae_gamma gae_lambd validation_percentage test_percentage max_bad_fraction".split(), SHARE
-    ),
-    **dict.fromkeys("optimizer_beta1 optimizer_beta2 lora_dropout".split(), Range(0, 1, below=True)),
-    **dict.fromkeys("top_p ref_mixup".split(), Range(0, 1, above=True)),
-    **dict.fromkeys("missing_eos_value f_divergence_alpha".split(), ANY),
+    **_each("ld_alpha gae_gamma gae_lambd validation_percentage test_percentage max_bad_fraction", SHARE),
+    **_each("optimizer_beta1 optimizer_beta2 lora_dropout", Range(0, 1, below=True)),
+    **_each("top_p ref_mixup", Range(0, 1, above=True)),
+    **_each("missing_eos_value f_divergence_alpha", ANY),
     "discopop_tau": Range(0, 1, above=True, below=True),
     "label_smoothing": Range(0, 0.5, below=True),
     "seed": Range(0, 2**32 - 1),

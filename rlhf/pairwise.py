@@ -164,9 +164,8 @@ def check_losses(flags: PairLossFlags) -> None:
     for option in ("reference", "ref_update_interval", "max_chosen_drop"):
         if flags.reference_free and getattr(flags, option) != defaults[option]:
             raise UserError(f"--{option} and --reference_free contradict each other; leave one out")
-    if flags.ref_update_interval is None:
-        if flags.ref_mixup != 0.6:
-            raise UserError("--ref_mixup needs --ref_update_interval, the steps between updates of the reference")
+    if flags.ref_update_interval is None and flags.ref_mixup != 0.6:
+        raise UserError("--ref_mixup needs --ref_update_interval, the steps between updates of the reference")
 
 
 def check_moving_reference(flags: Any) -> None:

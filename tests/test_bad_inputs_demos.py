@@ -114,7 +114,7 @@ def test_no_flag_takes_a_value_that_it_cannot_have(tmp_path, monkeypatch, capsys
     for name in OWN:
         entry = entry_of(name)
         cases = [(case, f"error: --{next(iter(case))}") for case in wrong_for(entry, known)]
-        bad_inputs.check_all(entry, World(tmp_path, {}), cases, monkeypatch, capsys)
+        bad_inputs.check_all(entry, World(tmp_path, {"llama": "x", "free_port": "7860"}), cases, monkeypatch, capsys)
 
 
 def wrong_for(entry: EntryPoint, known: set[str]) -> list[dict[str, str]]:

@@ -31,9 +31,7 @@ ENTRIES = {
     "rm": EntryPoint(rlhf_rm.main, rlhf_rm.RMFlags, {**TRAINING, **SHORT}),
     "dpo": EntryPoint(rlhf_dpo.main, rlhf_dpo.DPOFlags, {**TRAINING, **SHORT}),
     "kto": EntryPoint(rlhf_kto.main, rlhf_kto.KTOFlags, {**TRAINING, **SHORT}),
-    "ppo": EntryPoint(
-        rlhf_ppo.main, rlhf_ppo.PPOFlags, {**TRAINING, **SHORT, **SAMPLING, "critic_init": "zero"}
-    ),
+    "ppo": EntryPoint(rlhf_ppo.main, rlhf_ppo.PPOFlags, {**TRAINING, **SHORT, **SAMPLING, "critic_init": "zero"}),
     "grpo": EntryPoint(rlhf_grpo.main, rlhf_grpo.GRPOFlags, {**TRAINING, **SHORT, **SAMPLING}),
     "online_dpo": EntryPoint(rlhf_online_dpo.main, rlhf_online_dpo.OnlineDPOFlags, {**TRAINING, **SHORT, **SAMPLING}),
     "evaluate": EntryPoint(

@@ -236,7 +236,7 @@ def test_values_are_checked_as_flags_are_made():
 def test_check_positive_names_the_flag():
     flags = SomeFlags(data_dir="d", rate=0.0)
     check_positive(flags, "mini_batch_size", "micro_batch_tokens", "absent")
-    with pytest.raises(UserError, match="--rate=0.0 must be above 0"):
+    with pytest.raises(UserError, match=r"--rate=0\.0 must be above 0"):
         check_positive(flags, "mini_batch_size", "rate")
 
 

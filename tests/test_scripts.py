@@ -18,15 +18,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from rlhf import flags as flags_module
 from rlhf import rlhf_dpo, rlhf_kto, rlhf_rm, rlhf_sft
 from rlhf.data.splits import load_split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Step
-from rlhf.flags import launch, parse
+from rlhf.flags import parse
 from tests import offline
 from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
-from tests.tiny_tokenizers import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
@@ -71,7 +69,6 @@ def lab(tmp_path_factory) -> dict[str, str]:
         "data": make_data(root / "data"),
         "llama": make_model_dir(root / "llama"),
         "gpt2": make_model_dir(root / "gpt2", "gpt2", attn_pdrop=0.2, resid_pdrop=0.2, embd_pdrop=0.2),
-        "reward": make_model_dir(root / "reward", scorer=True),
     }
 
 

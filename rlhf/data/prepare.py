@@ -224,7 +224,8 @@ def _stop_if_bad(flags: PrepareFlags, tally: _Tally) -> None:
     if tally.num_bad > flags.max_bad_fraction * tally.num_read:
         raise UserError(
             f"{tally.num_bad:,} of the first {tally.num_read:,} rows are broken, more than "
-            f"--max_bad_fraction={flags.max_bad_fraction} allows; the first is {_place(tally.first_bad)}"
+            f"--max_bad_fraction={flags.max_bad_fraction} allows; mend them, or raise it; the first is "
+            f"{_place(tally.first_bad)}"
         )
 
 
@@ -234,13 +235,14 @@ def _place(row: dict[str, Any]) -> str:
 
 def _nothing_left(flags: PrepareFlags, counts: dict[str, dict], tally: _Tally) -> str:
     if not tally.num_read:
-        return "the source holds no rows; give one that does"
+        return f"{flags.dataset_path or flags.dataset_name} holds no rows; give data that does"
     reasons: collections.Counter = collections.Counter()
     for split in counts.values():
         reasons.update(split["dropped"])
     why = ", ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(3))
     first = f"; the first broken row is {_place(tally.first_bad)}" if tally.first_bad else ""
-    return f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why}){first}"
+    left = f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why})"
+    return f"{left}; raise the limits, or mend the rows{first}"
 
 
 def _write_splits(out: Path, flags: PrepareFlags, selections: dict[str, Selection]) -> dict[str, dict]:

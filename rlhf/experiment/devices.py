@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rlhf.allocator import keep_freed_memory
 from rlhf.errors import UserError
 
-
 MOST_DEVICES = 1024
 """On one machine; a larger number is a slip of the pen."""
 

@@ -127,7 +127,8 @@ def load_function(argument: str) -> Callable:
         raise UserError(f"function:{argument}: there is no file {shown(place)}; give the path of one") from None
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"function:{argument}: {shown(place)} can't be imported ({first_line(error)}); mend it, or give a FILE.py:NAME"
+            f"function:{argument}: {shown(place)} can't be imported ({first_line(error)}); mend it, or give a "
+            f"FILE.py:NAME"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
