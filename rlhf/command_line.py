@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from simple_parsing import ArgumentParser, DashVariant
 
 from rlhf.errors import UserError
-from rlhf.flag_values import check_kinds, closest, item_kind, shown, wanted
+from rlhf.flag_values import check_kinds, check_texts, closest, item_kind, shown, wanted
 from rlhf.paths import check_path
 
 Flags = TypeVar("Flags")
@@ -62,6 +62,7 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
     if rest:
         raise parser.unknown(rest[0])
     flags = found.flags
+    check_texts(flags)
     for name in PATHS:
         for path in _items(getattr(flags, name, None)):
             check_path(path, name)

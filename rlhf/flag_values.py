@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -89,8 +89,8 @@ RANGES = {
 """What a number may be, by the name of its flag."""
 
 
-def check_values(flags: Any, ranges: Mapping[str, Range] = RANGES) -> None:
-    """Refuse a number out of its range or not finite, a text that says nothing or that no file could hold.
+def check_numbers(flags: Any, ranges: Mapping[str, Range] = RANGES) -> None:
+    """Refuse a number that is not finite, or out of its range.
 
     Args:
         flags: any dataclass of flags.
@@ -99,13 +99,28 @@ def check_values(flags: Any, ranges: Mapping[str, Range] = RANGES) -> None:
     Raises:
         UserError: names the flag, its value and what would be right.
     """
+    for name, item in _items(flags):
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            _check_number(name, item, ranges.get(name, ANY))
+
+
+def check_texts(flags: Any) -> None:
+    """Refuse a text that says nothing, or that no file could hold.
+
+    Raises:
+        UserError: names the flag, its value and what would be right.
+    """
+    for name, item in _items(flags):
+        if isinstance(item, str):
+            _check_text(name, item)
+
+
+def _items(flags: Any) -> Iterator[tuple[str, Any]]:
+    """(flag, value) of all flags; a list's items one by one."""
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(item, str):
-                _check_text(field.name, item)
-            elif isinstance(item, (int, float)) and not isinstance(item, bool):
-                _check_number(field.name, item, ranges.get(field.name, ANY))
+            yield field.name, item
 
 
 def _check_text(name: str, text: str) -> None:

@@ -16,17 +16,17 @@ from simple_parsing.helpers import field
 from rlhf.command_line import launch as launch
 from rlhf.command_line import parse as parse
 from rlhf.errors import UserError
-from rlhf.flag_values import RANGES, check_values
+from rlhf.flag_values import RANGES, check_numbers
 
 
 @dataclass(kw_only=True)
 class CheckedFlags:
-    """Flags whose values are checked one by one as they are made; those that refine `__post_init__` call this one."""
+    """Flags whose numbers are checked one by one as they are made; those that refine `__post_init__` call this one."""
 
     ranges = RANGES
 
     def __post_init__(self) -> None:
-        check_values(self, self.ranges)
+        check_numbers(self, self.ranges)
 
 
 @dataclass(kw_only=True)

@@ -269,8 +269,8 @@ TYPES_IN_ARGS_FILES: list[Case] = [
 
 TEXTS_IN_ARGS_FILES: list[Case] = [
     ({"args_file": "{number_for_text}"}, "'data_dir' is 7 and must be a text"),
-    ({"args_file": "{nul_inside}"}, "--data_dir=a\N{REPLACEMENT CHARACTER}b holds a NUL character"),
-    ({"args_file": "{surrogate_inside}"}, "is not valid UTF-8"),
+    ({"data_dir": None, "args_file": "{nul_inside}"}, "--data_dir=a\N{REPLACEMENT CHARACTER}b holds a NUL character"),
+    ({"data_dir": None, "args_file": "{surrogate_inside}"}, "is not valid UTF-8"),
 ]
 """Where there is a --data_dir."""
 

@@ -146,6 +146,7 @@ def test_values_are_read():
         (["--shuffle=perhaps"], "--shuffle=perhaps must be True or False"),
         (["--max_steps"], "--max_steps needs a value; write --max_steps=VALUE"),
         (["--lora_targets"], "--lora_targets needs a value"),
+        (["--lora_targets", "q", ""], "--lora_targets is empty"),
     ],
 )
 def test_what_cannot_be_read_is_refused(argv, complaint):
@@ -220,14 +221,14 @@ def test_launch_lets_other_errors_through(monkeypatch):
         launch(main, SomeFlags)
 
 
-def test_values_are_checked_as_flags_are_made():
+def test_numbers_are_checked_as_flags_are_made():
     """Also where no command line is parsed: `main` may be called with flags that were made in Python."""
     for wrong, complaint in (
         ({"max_steps": 0}, "--max_steps=0 must be above 0"),
         ({"epochs": float("nan")}, "--epochs=nan must be a finite number"),
         ({"lora_dropout": 1.0}, "--lora_dropout=1.0 must be in [0, 1)"),
         ({"mini_batch_size": 2**31}, "--mini_batch_size=2147483648 must not be above 2,147,483,647"),
-        ({"lora_targets": ["q", ""]}, "--lora_targets is empty"),
+        ({"lora_alpha": -1}, "--lora_alpha=-1 must be above 0"),
     ):
         with pytest.raises(UserError, match=re.escape(complaint)):
             SomeFlags(data_dir="d", **wrong)
