@@ -61,9 +61,7 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
-    check_not_negative,
     check_on_policy,
-    check_positive,
     launch,
 )
 from rlhf.group_advantages import (
@@ -76,13 +74,13 @@ from rlhf.group_advantages import (
     rloo_advantages,
     without_spread,
 )
-from rlhf.guards import GuardFlags, Guards, check_guards
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import cispo_loss, grpo_loss, gspo_loss, policy_clipped, response_log_ratios
-from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import Roles, load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_samples
-from rlhf.rewards.mix import Rewards, load_rewards
+from rlhf.rewards.mix import Rewards, check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order, rollout_sizes
 from rlhf.trees.forest import Forest, Tree
 
@@ -157,11 +155,8 @@ class GRPOFlags(
     """How the rate falls: not at all, or to 0 along a line or a cosine, a step at a time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
-        check_positive(self, "eval_temperature")
+        super().__post_init__()
         check_on_policy(self, "GRPO")
-        check_guards(self)
-        check_not_negative(self, "kl_coef", "clip_low", "clip_high", "max_resamples", "missing_eos_penalty")
         if self.num_samples == 1 and self.advantage != "reinforce_pp":
             raise UserError(
                 f"--advantage={self.advantage} compares the responses to one prompt: --num_samples must be 2 or more "
@@ -182,7 +177,7 @@ class GRPOFlags(
                 f"out, or take sequence"
             )
         if self.max_resamples and not self.dynamic_sampling:
-            raise UserError("--max_resamples has no meaning without --dynamic_sampling=True")
+            raise UserError("--max_resamples has no meaning without --dynamic_sampling=True; set that too")
         if self.dynamic_sampling and self.advantage == "reinforce_pp":
             raise UserError(
                 "--advantage=reinforce_pp learns from groups of equal rewards too; leave --dynamic_sampling=False, or "
@@ -342,12 +337,20 @@ def main(flags: GRPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_grpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    judges = check_rewards(flags)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
     roles = load_actor(sft, flags, with_reference=flags.kl_coef > 0)
     rewards = load_rewards(
-        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        judges=judges,
     )
     actor = run.setup(roles.actor)
     if roles.reference is not None:

@@ -43,18 +43,16 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
-    check_not_negative,
     check_on_policy,
-    check_positive,
     launch,
 )
-from rlhf.guards import GuardFlags, Guards, check_guards
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.guards import GuardFlags, Guards
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples, watch_pairs
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
-from rlhf.rewards.mix import load_rewards
+from rlhf.rewards.mix import check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order
 from rlhf.trees.forest import Forest, Tree
 
@@ -103,11 +101,7 @@ class OnlineDPOFlags(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
-        check_positive(self, "eval_temperature")
-        check_not_negative(self, "missing_eos_penalty")
         check_on_policy(self, "online DPO")
-        check_guards(self)
         if self.num_samples < 2:
             raise UserError(f"--num_samples={self.num_samples} makes no pair; it must be 2 or more")
         if self.judge and (self.num_samples != 2 or self.missing_eos_penalty):
@@ -166,18 +160,29 @@ def main(flags: OnlineDPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_online_dpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    reference = resolve(flags.reference, "reference") if flags.reference else None
+    if reference:
+        check_kind(reference, flags)
+    judges = check_rewards(flags)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
-    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
-    if flags.reference:
-        roles.reference = load_policy(resolve(flags.reference, "reference"), flags, trainable=False)
-    rewards = load_rewards(
-        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
-    )
     judge = None
     if flags.judge:
         judge = load_judge(flags.judge, prompts, tokenizer, timeout=flags.reward_timeout, gather=run.gather)
+    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
+    if flags.reference:
+        roles.reference = load_policy(reference, flags, trainable=False)
+    rewards = load_rewards(
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        judges=judges,
+    )
     actor = run.setup(roles.actor)
     if roles.reference is not None:
         run.fabric.to_device(roles.reference)

@@ -51,10 +51,9 @@ from rlhf.flags import (
     RewardFlags,
     RunFlags,
     check_on_policy,
-    check_positive,
     launch,
 )
-from rlhf.guards import GuardFlags, Guards, check_guards
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
@@ -64,10 +63,10 @@ from rlhf.losses.policy_gradient import (
 )
 from rlhf.losses.supervised import nll_loss
 from rlhf.masked import masked_whiten
-from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import load_roles
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
-from rlhf.rewards.mix import load_rewards, reward_model_of
+from rlhf.rewards.mix import check_rewards, load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
 from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.forest import Forest, Tree
@@ -166,13 +165,12 @@ class PPOFlags(
     """How the rates fall: not at all, or to 0 along a line or a cosine, a step at a time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
+        super().__post_init__()
         check_on_policy(self, "PPO")
-        check_guards(self)
         if self.whiten_rewards and self.rollout_size < 8:
             raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
         if self.center_rewards and not self.normalize_rewards:
-            raise UserError("--center_rewards has no meaning without --normalize_rewards")
+            raise UserError("--center_rewards has no meaning without --normalize_rewards=True; set that too")
 
 
 @dataclass
@@ -320,6 +318,8 @@ def main(flags: PPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_ppo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    judges = check_rewards(flags)
     rm, rm_weight = reward_model_of(flags) or (None, 1.0)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
@@ -334,6 +334,7 @@ def main(flags: PPOFlags) -> dict:
         gather=run.gather,
         batch_size=flags.rollout_mini_batch_size,
         loaded={rm: roles.reward} if rm else {},
+        judges=judges,
     )
     actor, critic = run.setup(roles.actor), run.setup(roles.critic)
     for frozen in (roles.reference, roles.reward):

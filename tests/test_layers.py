@@ -18,6 +18,7 @@ SCRIPT_LAYER = 4
 LAYERS = {
     "rlhf/__init__.py": 0,
     "rlhf/errors.py": 0,
+    "rlhf/paths.py": 0,
     "rlhf/files.py": 0,
     "rlhf/masked.py": 0,
     "rlhf/kl.py": 0,
@@ -30,6 +31,8 @@ LAYERS = {
     "rlhf/untrusted.py": 1,
     "rlhf/losses/*.py": 0,
     "rlhf/flags.py": 1,
+    "rlhf/flag_values.py": 1,
+    "rlhf/command_line.py": 1,
     "rlhf/data/*.py": 1,
     "rlhf/trees/*.py": 1,
     "rlhf/models/*.py": 2,

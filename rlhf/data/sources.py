@@ -106,19 +106,23 @@ def open_sources(path: str | None, hub_name: str, hub_folder: str | None = None)
     root = Path(path).expanduser()
     if root.is_file():
         if not is_data_file(root):
-            raise UserError(f"--dataset_path {path}: not one of {', '.join(SUFFIXES)}, or those with .gz")
+            raise UserError(
+                f"--dataset_path {path} is none of {', '.join(SUFFIXES)}, or those with .gz; give one of these"
+            )
         return {"train": Source([root])}
     if not root.is_dir():
-        raise UserError(f"--dataset_path {path}: no such file or folder")
+        raise UserError(f"--dataset_path {path}: no such file or folder; give one with {', '.join(SUFFIXES)} data")
     files = sorted(file for file in root.rglob("*") if file.is_file() and is_data_file(file))
     if not files:
-        raise UserError(f"--dataset_path {path}: no {', '.join(SUFFIXES)} file (or .gz of one) in this folder")
+        raise UserError(
+            f"--dataset_path {path}: no {', '.join(SUFFIXES)} file (or .gz of one) in this folder; give one with data"
+        )
     named: dict[str, list[Path]] = {}
     for file in files:
         named.setdefault(_split_of(file.relative_to(root)), []).append(file)
     if "train" not in named:
         if "" not in named:
-            raise UserError(f"--dataset_path {path}: no training file; name one train{files[0].suffix}")
+            raise UserError(f"--dataset_path {path}: no training file; give one the name train{files[0].suffix}")
         named["train"] = named.pop("")
     elif "" in named:
         raise UserError(
@@ -246,11 +250,11 @@ def _list_entries(file: IO[bytes]) -> Iterator[Entry]:
                 return
             try:
                 item, end = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError) as error:
                 if len(text) - position > _LARGEST_ITEM:
                     yield Entry(line, _too_long("row"))
                     return
-                if not read:
+                if not read or not isinstance(error, json.JSONDecodeError):
                     fix = "the rest of the file is lost with it; mend it there, or write one object a line"
                     yield Entry(line, _broken("the JSON list breaks off here", fix))
                     return
@@ -375,5 +379,5 @@ def decode(entry: Entry) -> Any:
         raise UnusableRowError(what, f"character {error.pos + 1}: {error.msg}") from None
     except RecursionError:
         raise UnusableRowError("the line is not valid JSON", "it nests too deeply") from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise UnusableRowError("the line is not valid JSON", str(error).partition(";")[0]) from None
+    except ValueError:
+        raise UnusableRowError("the line is not valid JSON", "it holds a number of thousands of digits") from None

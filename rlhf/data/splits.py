@@ -140,8 +140,8 @@ def load_split(data_dir: str | Path, stage: str, name: str) -> Split:
             f"--destination_dir={data_dir} --stage={stage}{share}"
         )
     split = Split(data_dir, stage, name)
-    if len(split) == 0:
-        raise UserError(f"{split.path} holds no rows; prepare the data again, or remove the file")
+    if not len(split):
+        raise _no_rows(split.path)
     return split
 
 
@@ -246,6 +246,8 @@ def _build(path: Path, stage: str, ignore_index: int, *, keep_if_fresh: bool) ->
         if keep_if_fresh and (twin := _fresh_twin(path, stage)):
             return twin
         rows = read_pt(path, stage, ignore_index=ignore_index)
+        if not rows:
+            raise _no_rows(path)
         lengths = {
             c: np.array([len(row[c].encode()) if c == "reference" else len(row[c]) for row in rows], np.int64)
             for c in SCHEMAS[stage].sequences
@@ -269,6 +271,10 @@ def _build_elsewhere(stage: str, lengths: dict, rows: list, ignore_index: int) -
         return open_twin(Path(name))
     finally:
         os.unlink(name)
+
+
+def _no_rows(path: Path) -> UserError:
+    return UserError(f"{path} holds no rows; prepare the data again")
 
 
 @contextmanager

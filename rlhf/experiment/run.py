@@ -27,14 +27,14 @@ from rlhf.experiment.devices import make_fabric
 from rlhf.experiment.fits import check_prompt, check_split, check_vocabulary
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
 from rlhf.experiment.lifeline import Lifeline, hold
-from rlhf.experiment.logs import Logs, environment, finite_or_null
+from rlhf.experiment.logs import Logs, check_logger, environment, finite_or_null
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.signals import Signals
 from rlhf.experiment.steps import Step
 from rlhf.files import WriteError, sweep, write_json
-from rlhf.flags import check_positive
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import Role
+from rlhf.paths import check_writable
 from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
 
 
@@ -45,8 +45,6 @@ def start_experiment(flags: Any, script: str) -> Run:
         UserError: flags that contradict each other, an experiment folder that is taken, or one to resume that isn't
             there.
     """
-    check_positive(flags, "mini_batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs")
-    check_positive(flags, "log_interval", "max_new_tokens", "temperature", "top_p", "lora_rank")
     folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if flags.resume and not flags.experiment_dir:
         raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
@@ -56,6 +54,8 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
     if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
+    check_writable(folder, "experiment_dir")
+    check_logger(flags.logger)
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()

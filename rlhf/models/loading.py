@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -28,6 +29,7 @@ from rlhf.models.fits import check_shapes
 from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
+from rlhf.paths import check_path
 from rlhf.untrusted import check_finite, check_folder, check_inside, first_line, why_no_pickle
 
 Role = Policy | Scorer
@@ -48,8 +50,8 @@ def resolve(source: str | None, flag: str) -> str:
     """
     if not source:
         raise UserError(f"no model is given; set --{flag} to a hub id, a model folder or an experiment folder")
-    path = Path(source)
-    if not path.exists():
+    path = Path(source).expanduser()
+    if not check_path(source, flag):
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise UserError(f"--{flag}={source}: there is no such folder; give a model, an experiment or a hub id")
         return source
@@ -182,15 +184,37 @@ def set_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None, needs_head: bool = True):
-    tensors = check_folder(source) if os.path.isdir(source) else {}
+def check_kind(source: str, flags: ModelFlags, *, scorer: bool = False) -> None:
+    """Refuse by its configuration alone, before any weights are read, what `load_policy` would refuse by it.
+
+    Args:
+        source: what `resolve` returned.
+        scorer: what `load_scorer`, without a new head, would refuse.
+
+    Raises:
+        UserError: it can't be read, or is another kind of model.
+    """
+    base = adapter_base(source)
+    if not scorer or base is None:
+        _config_of(AutoModelForSequenceClassification if scorer else AutoModelForCausalLM, base or source, flags)
+    elif not adapter_has_head(source):
+        raise UserError(f"{source} is an adapter of a language model, not of a reward model: it has no trained head")
+
+
+def _config_of(kind, source: str, flags: ModelFlags, *, needs_head: bool = True) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=flags.trust_remote_code)
     except Exception as error:  # of a configuration that was tampered with, transformers raises anything
         raise UserError(_why(source, error)) from None
     if config.is_encoder_decoder:
         raise UserError(f"{source} is an encoder-decoder ({config.model_type}); give a causal language model")
-    _check_architecture(source, config, kind)
+    _check_architecture(source, config, kind, needs_head)
+    return config
+
+
+def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None, needs_head: bool = True):
+    tensors = check_folder(source) if os.path.isdir(source) else {}
+    config = _config_of(kind, source, flags, needs_head=needs_head)
     if num_labels is not None:
         config.num_labels = num_labels
     try:
@@ -220,8 +244,13 @@ def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None
     return model
 
 
-def _check_architecture(source: str, config: PretrainedConfig, kind) -> None:
+def _check_architecture(source: str, config: PretrainedConfig, kind, needs_head: bool) -> None:
     architectures = " ".join(map(str, config.architectures or []))
+    if kind is AutoModelForSequenceClassification and needs_head and re.search("CausalLM|LMHead", architectures):
+        raise UserError(
+            f"{source} is a language model ({architectures}) and has no trained reward head; give a folder written by "
+            f"rlhf_rm.py"
+        )
     if kind is AutoModelForCausalLM and "SequenceClassification" in architectures:
         raise UserError(f"{source} is a reward model ({architectures}), not a language model; give a policy's folder")
     if type(config) not in kind._model_mapping:
