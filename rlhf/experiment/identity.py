@@ -103,8 +103,7 @@ def record_in(folder: Path) -> dict[str, Any] | None:
     """The `Identity.record`, but for the script, of the run whose folder this is; None unless it is whole."""
     try:
         arguments, machine, data = (
-            read_json(folder / f"{name}.json", constants=True)
-            for name in ("args", "environment", "data")
+            read_json(folder / f"{name}.json", constants=True) for name in ("args", "environment", "data")
         )
         world_size, read, models = machine["world_size"], data["read"], data["models"]
     except (OSError, UnreadableFileError, KeyError, TypeError):
