@@ -100,7 +100,7 @@ class Checkpoints:
         target = self.folder / f"step-{step:08d}"
         if not (self.folder / "last").is_symlink() or os.readlink(self.folder / "last") != target.name:
             atomic_link(self.folder / "last", target.name)
-        so_far = [folder for folder in self.steps() if folder <= target]
+        so_far = [folder for folder in self.steps() if int(folder.name.removeprefix("step-")) <= step]
         older = so_far[: -self.keep] if self.keep else []
         weights_only = older[-self.keep_weights :] if self.keep_weights else []
         for folder in older:
