@@ -167,6 +167,7 @@ def soak(script: str, updates: int, folder: Path) -> list[Reading]:
     }  # fmt: skip
     if script in SAMPLING:
         settings |= {"sft_experiment_dir": world["policy"], "rollout_size": 4, "max_new_tokens": 16}
+        settings["on_collapse"] = "warn"  # a tiny random policy may well collapse; what is watched is the process
         settings |= {"rm_experiment_dir": world["scorer"]} if script == "ppo" else {"reward": ["length:8"]}
     else:
         settings["model_name"] = world["policy"]

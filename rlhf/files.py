@@ -58,8 +58,10 @@ def _write_fault(error: Exception, folder: Path) -> str | None:
     Native writers put the number into their text alone.
     """
     name = getattr(error, "filename", None)
-    if isinstance(name, str) and not Path(name).absolute().is_relative_to(folder):
-        return None
+    if isinstance(name, str):
+        place = Path(name).absolute()
+        if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
+            return None
     found = re.search(r"\(os error (\d+)\)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number in _OF_THE_PLACE:
@@ -151,11 +153,16 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
 
 
 def remove_dir(path: Path) -> None:
-    """Remove a folder, which is gone from its name at once; `sweep` removes what is left if the process dies."""
+    """Remove a folder, which is gone from its name at once; what cannot be removed now is left to `sweep`.
+
+    Raises:
+        WriteError: the disk fails.
+    """
     temporary = beside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.replace(path, temporary)
-    shutil.rmtree(temporary)
+    with writing(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def atomic_link(path: Path, target: str) -> None:

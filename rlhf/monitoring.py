@@ -19,6 +19,7 @@ from rlhf.losses.policy_gradient import explained_variance
 from rlhf.masked import masked_mean
 from rlhf.models.roles import Roles
 from rlhf.pairwise import PairLogps, PairLossFlags, chosen_nll, pair_rewards, path_nll
+from rlhf.reports import interval_of
 from rlhf.rewards.mix import Rewards
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
@@ -188,8 +189,10 @@ def evaluate_sampling(
     limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
     rows = list(range(limit))
     experiences = collect(run, flags, roles, rewards, prompts, rows, flags.eval_temperature)
+    scored = interval_of(torch.tensor([e.score for e in experiences], dtype=torch.float64))
     values = {
-        "val/score": sum(e.score for e in experiences) / len(experiences),
+        "val/score": scored["mean"],
+        "val/score_error": scored["mean"] - scored["interval"][0],
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
     }

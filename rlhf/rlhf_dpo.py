@@ -46,7 +46,7 @@ from rlhf.flags import (
     RunFlags,
     launch,
 )
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.monitoring import measure_pairs, watch_pairs
 from rlhf.pairwise import (
     PairLogps,
@@ -194,6 +194,9 @@ def main(flags: DPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_dpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     source = resolve(getattr(flags, name), name)
+    check_kind(source, flags)
+    if flags.reference:
+        check_kind(resolve(flags.reference, "reference"), flags)
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("preference", tokenizer)
     policy = run.setup(load_policy(source, flags))

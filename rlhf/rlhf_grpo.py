@@ -61,9 +61,7 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
-    check_not_negative,
     check_on_policy,
-    check_positive,
     launch,
 )
 from rlhf.group_advantages import (
@@ -76,12 +74,13 @@ from rlhf.group_advantages import (
     rloo_advantages,
     without_spread,
 )
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import cispo_loss, grpo_loss, gspo_loss, policy_clipped, response_log_ratios
-from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import Roles, load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_samples
-from rlhf.rewards.mix import Rewards, load_rewards
+from rlhf.rewards.mix import Rewards, check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order, rollout_sizes
 from rlhf.trees.forest import Forest, Tree
 
@@ -92,7 +91,17 @@ CLIPS = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
 
 
 @dataclass(kw_only=True)
-class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class GRPOFlags(
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    GuardFlags,
+    RunFlags,
+    DeviceFlags,
+):
     """GRPO and its relatives."""
 
     sft_experiment_dir: str | None = None
@@ -146,10 +155,8 @@ class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, 
     """How the rate falls: not at all, or to 0 along a line or a cosine, a step at a time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
-        check_positive(self, "eval_temperature")
+        super().__post_init__()
         check_on_policy(self, "GRPO")
-        check_not_negative(self, "kl_coef", "clip_low", "clip_high", "max_resamples", "missing_eos_penalty")
         if self.num_samples == 1 and self.advantage != "reinforce_pp":
             raise UserError(
                 f"--advantage={self.advantage} compares the responses to one prompt: --num_samples must be 2 or more "
@@ -170,7 +177,7 @@ class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, 
                 f"out, or take sequence"
             )
         if self.max_resamples and not self.dynamic_sampling:
-            raise UserError("--max_resamples has no meaning without --dynamic_sampling=True")
+            raise UserError("--max_resamples has no meaning without --dynamic_sampling=True; set that too")
         if self.dynamic_sampling and self.advantage == "reinforce_pp":
             raise UserError(
                 "--advantage=reinforce_pp learns from groups of equal rewards too; leave --dynamic_sampling=False, or "
@@ -330,12 +337,20 @@ def main(flags: GRPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_grpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    judges = check_rewards(flags)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
     roles = load_actor(sft, flags, with_reference=flags.kl_coef > 0)
     rewards = load_rewards(
-        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        judges=judges,
     )
     actor = run.setup(roles.actor)
     if roles.reference is not None:
@@ -352,7 +367,9 @@ def main(flags: GRPOFlags) -> dict:
         f"[{1 - flags.clips['clip_low']:g}, {1 + flags.clips['clip_high']:g}]; {roles.sharing}"
     )
     models, optimizers = {"model": roles.actor}, {"optimizer": optimizer}
-    run.restore(models, optimizers)
+    guards = Guards(run, flags)
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -361,13 +378,11 @@ def main(flags: GRPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer)
-        began = time.perf_counter()
         try:
             sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
             experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
@@ -380,6 +395,10 @@ def main(flags: GRPOFlags) -> dict:
             continue
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
+        guards.watch(step, sampled)
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
         measure_samples(step, stack(sampled, flags.max_new_tokens))
         all_scores = penalised_scores(sampled, flags.missing_eos_penalty)
         equal = without_spread(all_scores.view(-1, flags.num_samples))
@@ -390,7 +409,7 @@ def main(flags: GRPOFlags) -> dict:
         if flags.kl_in == "reward":
             charged = flags.kl_coef * (token_kl * rollout.response_mask).sum(1)
             step.metrics.put("train/kl_penalty", charged.mean().item() if kept else 0.0)
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         lengths = rollout.response_mask.sum(1).view(-1, flags.num_samples).sum(1)
         tokens = lengths + torch.tensor([len(e.prompt) for e in experiences[:: flags.num_samples]], dtype=torch.long)
@@ -408,8 +427,10 @@ def main(flags: GRPOFlags) -> dict:
                     step.backward(policy_loss(actor, batch, flags, step))
                     step.num_tokens += batch.forest.num_tokens
                 step.update(optimizer, clip=flags.gradient_clip_val)
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
-    return run.finish(models, optimizers, tokenizer, assess)
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,13 @@ from rlhf.flags import (
     ModelFlags,
     OptimizerFlags,
     RunFlags,
-    check_positive,
     launch,
 )
 from rlhf.kl import kl_k3
 from rlhf.losses.feedback import apo_zero_unpaired_loss, bco_loss, kto_kl, kto_loss
 from rlhf.losses.preference import implicit_rewards
 from rlhf.masked import moments
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.reports import auc
 from rlhf.trees.batches import mismatched, mismatched_of_run
 from rlhf.trees.forest import Forest
@@ -92,12 +91,9 @@ class KTOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlag
     """Warn once the good responses have lost this many nats a token against the reference."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "beta")
+        super().__post_init__()
         for name in ("desirable_weight", "undesirable_weight"):
-            weight = getattr(self, name)
-            if weight < 0:
-                raise UserError(f"--{name}={weight} must not be below 0")
-            if weight != 1 and self.loss_type == "bco":
+            if getattr(self, name) != 1 and self.loss_type == "bco":
                 raise UserError(f"--{name} has no meaning with --loss_type=bco; leave it at 1")
 
 
@@ -288,6 +284,9 @@ def main(flags: KTOFlags) -> dict:
     run = start_experiment(flags, "rlhf_kto")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     source = resolve(getattr(flags, name), name)
+    check_kind(source, flags)
+    if flags.reference:
+        check_kind(resolve(flags.reference, "reference"), flags)
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("feedback", tokenizer)
     if flags.loss_type == "kto" and len(train) < 2:

@@ -43,17 +43,16 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
-    check_not_negative,
     check_on_policy,
-    check_positive,
     launch,
 )
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.guards import GuardFlags, Guards
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples, watch_pairs
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
-from rlhf.rewards.mix import load_rewards
+from rlhf.rewards.mix import check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order
 from rlhf.trees.forest import Forest, Tree
 
@@ -70,6 +69,7 @@ class OnlineDPOFlags(
     BatchFlags,
     OptimizerFlags,
     GenerationFlags,
+    GuardFlags,
     RunFlags,
     DeviceFlags,
 ):
@@ -101,9 +101,6 @@ class OnlineDPOFlags(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
-        check_positive(self, "eval_temperature")
-        check_not_negative(self, "missing_eos_penalty")
         check_on_policy(self, "online DPO")
         if self.num_samples < 2:
             raise UserError(f"--num_samples={self.num_samples} makes no pair; it must be 2 or more")
@@ -163,18 +160,29 @@ def main(flags: OnlineDPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_online_dpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    reference = resolve(flags.reference, "reference") if flags.reference else None
+    if reference:
+        check_kind(reference, flags)
+    judges = check_rewards(flags)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
-    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
-    if flags.reference:
-        roles.reference = load_policy(resolve(flags.reference, "reference"), flags, trainable=False)
-    rewards = load_rewards(
-        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
-    )
     judge = None
     if flags.judge:
         judge = load_judge(flags.judge, prompts, tokenizer, timeout=flags.reward_timeout, gather=run.gather)
+    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
+    if flags.reference:
+        roles.reference = load_policy(reference, flags, trainable=False)
+    rewards = load_rewards(
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        judges=judges,
+    )
     actor = run.setup(roles.actor)
     if roles.reference is not None:
         run.fabric.to_device(roles.reference)
@@ -190,7 +198,9 @@ def main(flags: OnlineDPOFlags) -> dict:
         f"{(flags.reference or f'{sft}, as this run starts') if flags.uses_reference else 'none'}"
         + (f", renewed every {flags.ref_update_interval} steps" if flags.ref_update_interval else "")
     )
-    run.restore(models, optimizers)
+    guards = Guards(run, flags)
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -199,14 +209,12 @@ def main(flags: OnlineDPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
     warned = False
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer)
-        began = time.perf_counter()
         num = flags.num_samples
         try:
             experiences = collect(
@@ -218,6 +226,10 @@ def main(flags: OnlineDPOFlags) -> dict:
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
+        guards.watch(step, experiences)
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
         if judge is None:
             pairs = pairs_of(experiences, flags)
         else:
@@ -225,7 +237,7 @@ def main(flags: OnlineDPOFlags) -> dict:
         measure_samples(step, stack(experiences, flags.max_new_tokens))
         step.metrics.put("train/shaped_score", penalised_scores(experiences, flags.missing_eos_penalty).mean().item())
         step.metrics.put("train/pairs", len(pairs))
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         reference = partial(ref_logps_of, pairs) if flags.uses_reference else None
         tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
@@ -251,7 +263,9 @@ def main(flags: OnlineDPOFlags) -> dict:
                     drop.add("nats", change.sum() * step.weight, logps.lengths[0::2].sum() * step.weight)
                     step.num_tokens += forest.num_tokens
                 step.update(optimizer, clip=flags.gradient_clip_val)
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
         lost = drop.reduce()["nats"] if pairs else 0.0
         if flags.uses_reference and lost > flags.max_chosen_drop and not warned:
             warned = True
@@ -261,7 +275,7 @@ def main(flags: OnlineDPOFlags) -> dict:
             )
         if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
             models["reference"].update(flags.ref_mixup)
-    return run.finish(models, optimizers, tokenizer, assess)
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

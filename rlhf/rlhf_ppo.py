@@ -51,9 +51,9 @@ from rlhf.flags import (
     RewardFlags,
     RunFlags,
     check_on_policy,
-    check_positive,
     launch,
 )
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
@@ -63,10 +63,10 @@ from rlhf.losses.policy_gradient import (
 )
 from rlhf.losses.supervised import nll_loss
 from rlhf.masked import masked_whiten
-from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import load_roles
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
-from rlhf.rewards.mix import load_rewards, reward_model_of
+from rlhf.rewards.mix import check_rewards, load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
 from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.forest import Forest, Tree
@@ -76,7 +76,17 @@ MAX_LOG_RATIO = 20.0
 
 
 @dataclass(kw_only=True)
-class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class PPOFlags(
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    GuardFlags,
+    RunFlags,
+    DeviceFlags,
+):
     """PPO."""
 
     sft_experiment_dir: str | None = None
@@ -155,12 +165,12 @@ class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, G
     """How the rates fall: not at all, or to 0 along a line or a cosine, a step at a time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
+        super().__post_init__()
         check_on_policy(self, "PPO")
         if self.whiten_rewards and self.rollout_size < 8:
             raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
         if self.center_rewards and not self.normalize_rewards:
-            raise UserError("--center_rewards has no meaning without --normalize_rewards")
+            raise UserError("--center_rewards has no meaning without --normalize_rewards=True; set that too")
 
 
 @dataclass
@@ -308,6 +318,8 @@ def main(flags: PPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_ppo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    judges = check_rewards(flags)
     rm, rm_weight = reward_model_of(flags) or (None, 1.0)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
@@ -322,6 +334,7 @@ def main(flags: PPOFlags) -> dict:
         gather=run.gather,
         batch_size=flags.rollout_mini_batch_size,
         loaded={rm: roles.reward} if rm else {},
+        judges=judges,
     )
     actor, critic = run.setup(roles.actor), run.setup(roles.critic)
     for frozen in (roles.reference, roles.reward):
@@ -335,6 +348,7 @@ def main(flags: PPOFlags) -> dict:
         else FixedKL(flags.init_kl_coeff)
     )
     score_moments = RunningMoments()
+    guards = Guards(run, flags)
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     mini_batches = flags.rollout_size // flags.mini_batch_size
@@ -354,7 +368,7 @@ def main(flags: PPOFlags) -> dict:
     )
     models = {"model": roles.actor, "critic": roles.critic}
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    states = {"kl": kl, "score_moments": score_moments}
+    states = {"kl": kl, "score_moments": score_moments, "guards": guards}
     run.restore(models, optimizers, states)
     run.open()
 
@@ -364,34 +378,40 @@ def main(flags: PPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, states)
-        began = time.perf_counter()
-        before = score_moments.state_dict()
         try:
             experiences = collect(
                 run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
             )
-            rollout = stack(experiences, flags.max_new_tokens)
-            scores = shaped_scores(rollout, flags, score_moments)
-            scale = score_moments.std if flags.normalize_rewards else 1.0
-            targets = targets_of(rollout, scores, kl.value, flags, run.world_size, scale=scale)
+        except NonFiniteError as error:
+            step.skip(error)
+            continue
+        if run.step_index == 0:
+            check_first_rollout(run, roles, experiences, flags.temperature)
+        guards.watch(step, experiences)
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+        before = score_moments.state_dict()
+        rollout = stack(experiences, flags.max_new_tokens)
+        if run.step_index == 0 and (fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value)):
+            run.say(f"warning: {fault}")
+        scores = shaped_scores(rollout, flags, score_moments)
+        scale = score_moments.std if flags.normalize_rewards else 1.0
+        targets = targets_of(rollout, scores, kl.value, flags, run.world_size, scale=scale)
+        try:
             check_finite(prompts, experiences, {"advantages": targets.advantages, "returns": targets.returns})
         except NonFiniteError as error:
             step.skip(error)
             score_moments.load_state_dict(before)
             continue
-        if run.step_index == 0:
-            check_first_rollout(run, roles, experiences, flags.temperature)
-            if fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value):
-                run.say(f"warning: {fault}")
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
         kl.update(response_kl, len(experiences))
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         warming_up = run.step_index < flags.critic_warmup_steps
         tokens, row_of = torch.tensor([e.num_tokens for e in experiences]), [e.row for e in experiences]
@@ -428,7 +448,9 @@ def main(flags: PPOFlags) -> dict:
                 moved.append(means.get("approx_kl", 0.0))
             if flags.target_update_kl and sum(moved) / len(moved) > flags.target_update_kl:
                 break
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
     return run.finish(models, optimizers, tokenizer, assess, states)
 
 

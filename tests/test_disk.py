@@ -259,18 +259,14 @@ def test_c23_a_failed_write_names_the_file_and_what_is_free(tmp_path):
 
 
 def test_c23_a_removed_folder_is_never_half(tmp_path, monkeypatch):
+    """Its name goes first; what could not be removed (a file that is still open elsewhere, on NFS) goes later."""
     target = make(tmp_path / "step-1")
-
-    def fails(path: Path, **_) -> None:
-        if path.exists():
-            raise OSError(5, "I/O")
-
-    monkeypatch.setattr(shutil, "rmtree", fails)
-    with pytest.raises(OSError, match="I/O"):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: None)
         remove_dir(target)
-    monkeypatch.undo()
-    assert not target.exists()
-    assert sweep(tmp_path)
+    assert leftovers(tmp_path) == [f".step-1.{os.getpid()}.tmp"]
+    assert sweep(tmp_path) == [f".step-1.{os.getpid()}.tmp"]
+    assert leftovers(tmp_path) == []
 
 
 def test_c23_lines_wait_for_room(tmp_path, monkeypatch, capsys):

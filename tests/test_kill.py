@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+from rlhf.experiment.run import Step
 from tests.kill import SETTINGS, World, differences, in_child, moments, survive
 from tests.splits import metrics_of
 
@@ -69,6 +71,28 @@ def test_c4_two_processes_killed_end_as_if_never(lab, tmp_path, script):
     for moment in moments(operations, 2, seed=3):
         found = survive(lab.world, script, tmp_path / f"{moment}", whole, processes=2, given=given, moment=moment)
         assert not found, f"killed before operation {moment} of {operations}: {found}"
+
+
+def test_one_of_two_processes_is_asked_to_stop(lab, tmp_path):
+    """SIGTERM to the second process alone: both stop after the same step, with a checkpoint, and go on."""
+    given = {"devices": "2", "strategy": "ddp", "finetune_mode": "all"}
+    whole, _ = lab.whole("sft", processes=2, **given)
+    folder, update = tmp_path / "run", Step.update
+
+    def asking(self, *arguments, **options):
+        if (self.run.rank, self.run.step_index) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, *arguments, **options)
+
+    def work() -> None:
+        Step.update = asking
+        lab.world.run("sft", folder, **given)()
+
+    stopped = in_child(work, folder, processes=2)
+    assert (stopped.status, "stopped after step 3" in stopped.output) == (0, True), stopped.output
+    assert in_child(lab.world.run("sft", folder, resume=True, **given), folder, processes=2).status == 0
+    found = differences(whole, folder)
+    assert all("/step-00000003/" in fault or "/step-00000002/" in fault for fault in found), found
 
 
 def test_c23_a_kill_is_noticed_by_this_test(lab, tmp_path):

@@ -36,6 +36,7 @@ from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
 from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
 from rlhf.files import beside, sweep, write_json, writing
+from rlhf.paths import check_writable
 
 _POOL_PAYS_BYTES = 4 << 20
 _EARLY_CHECK_ROWS = 1000
@@ -86,8 +87,7 @@ def prepare(
     """
     check_flags(flags)
     destination = Path(flags.destination_dir).expanduser()
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"--destination_dir {destination} is a file; give a folder")
+    check_writable(destination, "destination_dir")
     data_info(destination)  # an unreadable args.json is better found now than after the work
     tokenizer = load_tokenizer(flags.tokenizer_name, trust_remote_code=flags.trust_remote_code)
     sources = {"train": made} if made else _open_sources(flags, sample)
@@ -227,7 +227,8 @@ def _stop_if_bad(flags: PrepareFlags, tally: _Tally) -> None:
     if tally.num_bad > flags.max_bad_fraction * tally.num_read:
         raise UserError(
             f"{tally.num_bad:,} of the first {tally.num_read:,} rows are broken, more than "
-            f"--max_bad_fraction={flags.max_bad_fraction} allows; the first is {_place(tally.first_bad)}"
+            f"--max_bad_fraction={flags.max_bad_fraction} allows; mend them, or raise it; the first is "
+            f"{_place(tally.first_bad)}"
         )
 
 
@@ -237,13 +238,14 @@ def _place(row: dict[str, Any]) -> str:
 
 def _nothing_left(flags: PrepareFlags, counts: dict[str, dict], tally: _Tally) -> str:
     if not tally.num_read:
-        return "the source holds no rows; give one that does"
+        return f"{flags.dataset_path or flags.dataset_name} holds no rows; give data that does"
     reasons: collections.Counter = collections.Counter()
     for split in counts.values():
         reasons.update(split["dropped"])
     why = ", ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(3))
     first = f"; the first broken row is {_place(tally.first_bad)}" if tally.first_bad else ""
-    return f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why}){first}"
+    left = f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why})"
+    return f"{left}; raise the limits, or mend the rows{first}"
 
 
 def _write_splits(out: Path, flags: PrepareFlags, selections: dict[str, Selection]) -> dict[str, dict]:

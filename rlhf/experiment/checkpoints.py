@@ -18,18 +18,20 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim import Optimizer
 
 from rlhf.errors import UserError
 from rlhf.experiment.identity import Identity
 from rlhf.files import WriteError, atomic_dir, atomic_link, free_bytes, remove_dir, shown_bytes
+from rlhf.models.adapters import adapter_weights
 from rlhf.models.loading import Role, save_model
 from rlhf.models.policy import Scorer
+from rlhf.untrusted import UnreadableFileError, check_inside, read_json, read_pickle, read_tensors, shards
 
-BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError, UnreadableFileError)
 """What reading a file raises that was cut, emptied or overwritten."""
 
 SMALL_FILES = 32_000_000
@@ -118,7 +120,7 @@ class Checkpoints:
         """
         record = self.folder / "best" / "best.json"
         if record.is_file():
-            best = json.loads(record.read_text(encoding="utf-8"))["value"]
+            best = read_json(record, "remove its folder", constants=True)["value"]
             if value <= best if higher else value >= best:
                 return
         _check_room(self.folder / "best", num_bytes(role))
@@ -147,21 +149,20 @@ class Checkpoints:
         Raises:
             UserError: no checkpoint is whole, one is of another model or lacks a part, or it is of another run.
         """
-        reason = "there is none"
+        reason = None
         for folder in reversed(self.steps()):
             if {path.name for path in folder.iterdir()} <= {"model"}:
-                reason = f"{folder.name} keeps its weights alone"
+                reason = reason or f"{folder.name} keeps its weights alone"
                 continue
             try:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-                optimizer_states = {
-                    name: torch.load(folder / f"{name}.pt", weights_only=True, map_location="cpu")
-                    for name in optimizers
-                }
+                check_inside(folder, self.folder)
+                state = _state(folder)
+                optimizer_states = {name: read_pickle(folder / f"{name}.pt") for name in optimizers}
                 weights = {name: _read(folder, name, role) for name, role in models.items()}
             except BROKEN as error:
-                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                print(f"note: the checkpoint {folder} is broken ({reason}); trying an older one")
+                fault = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                print(f"note: the checkpoint {folder} is broken ({fault}); trying an older one")
+                reason = reason or f"{folder.name}: {fault}"
                 continue
             for key in ("step", "flags", "world_size", "reward_moments", "extra"):
                 part_of(state, key, folder / "state.json")
@@ -176,8 +177,8 @@ class Checkpoints:
                 optimizer.load_state_dict(optimizer_states[name])
             return state["step"], state["extra"]
         raise UserError(
-            f"{self.folder} holds no whole checkpoint to resume from ({reason}); start the run again in another "
-            f"--experiment_dir, without --resume"
+            f"{self.folder} holds no whole checkpoint to resume from ({reason or 'there is none'}); start the run "
+            f"again in another --experiment_dir, without --resume"
         )
 
 
@@ -258,15 +259,15 @@ def _trained(role: Role) -> Weights:
 
 def _read(folder: Path, name: str, role: Role) -> Weights:
     if name != "model":
-        return load_file(folder / f"{name}.safetensors")
+        return read_tensors(folder / f"{name}.safetensors")
     if isinstance(role.model, PeftModel):
-        return load_peft_weights(str(folder / "model"), device="cpu")
+        return adapter_weights(str(folder / "model"))
     index = folder / "model" / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = shards(index)
     else:
         files = ["model.safetensors"]
-    return {key: value for file in files for key, value in load_file(folder / "model" / file).items()}
+    return {key: value for file in files for key, value in read_tensors(folder / "model" / file).items()}
 
 
 def _load(name: str, role: Role, weights: Weights, where: str) -> None:
@@ -321,3 +322,16 @@ def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], where: Path) -
                     f"{where} has {name} of parameter {place} in the shape {tuple(value.shape)}, and that of this run "
                     f"is {tuple(parameter.shape)}; resume with its own flags"
                 )
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What state.json says of the run, as far as it is of the right types and of this folder."""
+    path = folder / "state.json"
+    state = read_json(path, constants=True, largest=16 << 20)
+    kinds = {"step": int, "world_size": int, "flags": dict, "extra": dict}
+    for key, kind in kinds.items():
+        if key in state and type(state[key]) is not kind:
+            raise UnreadableFileError(f"{path} has no {key!r} that is one; resume from another checkpoint")
+    if "step" in state and f"step-{state['step']:08d}" != folder.name:
+        raise UnreadableFileError(f"{path} is of step {state['step']}; resume from another checkpoint")
+    return state

@@ -16,6 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models.adapters import adapter_base
 from rlhf.models.loading import resolve
 from rlhf.rewards.specs import parse_spec
+from rlhf.untrusted import UnreadableFileError, read_json
 
 FREE_TO_CHANGE = {
     "accelerator",
@@ -25,6 +26,13 @@ FREE_TO_CHANGE = {
     "eval_iters",
     "experiment_dir",
     "gradient_checkpointing",
+    "guard_empty",
+    "guard_eos",
+    "guard_kl",
+    "guard_length",
+    "guard_patience",
+    "guard_repetition",
+    "guard_score",
     "keep_checkpoints",
     "keep_weights",
     "log_interval",
@@ -33,6 +41,7 @@ FREE_TO_CHANGE = {
     "micro_batch_tokens",
     "num_nodes",
     "num_workers",
+    "on_collapse",
     "resume",
     "rollout_mini_batch_size",
     "save_interval",
@@ -94,11 +103,10 @@ def record_in(folder: Path) -> dict[str, Any] | None:
     """The `Identity.record`, but for the script, of the run whose folder this is; None unless it is whole."""
     try:
         arguments, machine, data = (
-            json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-            for name in ("args", "environment", "data")
+            read_json(folder / f"{name}.json", constants=True) for name in ("args", "environment", "data")
         )
         world_size, read, models = machine["world_size"], data["read"], data["models"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UnreadableFileError, KeyError, TypeError):
         return None
     return {"flags": arguments, "world_size": world_size, "data": read, "models": models}
 
@@ -106,10 +114,9 @@ def record_in(folder: Path) -> dict[str, Any] | None:
 def summary_in(folder: Path) -> dict[str, Any]:
     """What a run that has ended returned; empty where none has."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "summary.json", constants=True)
+    except (OSError, UnreadableFileError):
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def has_ended(folder: Path, total_steps: int) -> bool:

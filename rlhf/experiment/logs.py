@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ class Logs:
 def finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
     """The same with None for numbers that are not finite, which JSON has no word for."""
     return {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in values.items()}
+
+
+def check_logger(name: str) -> None:
+    """Raise `UserError` for a logger whose package is not installed."""
+    if name == "wandb" and find_spec("wandb") is None:
+        raise UserError("--logger=wandb needs the wandb package: pip install wandb")
 
 
 class Lines:
@@ -212,12 +219,9 @@ def _make_logger(name: str, folder: Path, script: str):
     if name == "csv":
         return CSVLogger(folder)
     if name == "wandb":
-        try:
-            from lightning.pytorch.loggers import WandbLogger
+        from lightning.pytorch.loggers import WandbLogger
 
-            return WandbLogger(project="rlhf", name=f"{script}/{folder.name}", save_dir=str(folder))
-        except ModuleNotFoundError:
-            raise UserError("--logger=wandb needs the wandb package: pip install wandb") from None
+        return WandbLogger(project="rlhf", name=f"{script}/{folder.name}", save_dir=str(folder))
     return None
 
 

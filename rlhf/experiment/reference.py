@@ -15,8 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from rlhf.data.splits import Split
@@ -26,6 +25,7 @@ from rlhf.files import WriteError, atomic_write, sweep
 from rlhf.models.policy import Policy
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
+from rlhf.untrusted import UnreadableFileError, read_tensors
 
 Row = TypeVar("Row", bound=Hashable)
 
@@ -145,7 +145,9 @@ def reference_logps(
     """
     keys, lengths, prompts, branches = _keys(rows, tree_of)
     path = folder / f"{model_fingerprint(policy.module, run.precision)}.safetensors"
-    known = _read(path)
+    tokens = dict(zip(keys, lengths, strict=True))
+    stored = _read(path).items()
+    known = {key: logps for key, logps in stored if logps.shape == (tokens.get(key, len(logps)),)}
     num_missing = sum(key not in known for key in keys)
     if num_missing:
         missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal responses once
@@ -242,14 +244,14 @@ def _compute(
 
 def _read(path: Path) -> dict[bytes, np.ndarray]:
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError):
+        stored = {name: value.numpy() for name, value in read_tensors(path).items()}
+        keys, offsets, flat = stored["keys"], stored["offsets"], stored["logps"]
+        digest = int(stored["checksum"][0])
+        if xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes()) != digest:
+            return {}
+        return {keys[i].tobytes(): flat[offsets[i] : offsets[i + 1]] for i in range(len(keys))}
+    except (OSError, UnreadableFileError, KeyError, IndexError, TypeError, ValueError):
         return {}
-    keys, offsets, flat = stored["keys"], stored["offsets"], stored["logps"]
-    digest = int(stored["checksum"][0])
-    if xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes()) != digest:
-        return {}
-    return {keys[i].tobytes(): flat[offsets[i] : offsets[i + 1]] for i in range(len(keys))}
 
 
 def _write(path: Path, known: dict[bytes, np.ndarray], run: Run) -> None:

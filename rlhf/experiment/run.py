@@ -19,19 +19,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from rlhf.data.prompts import Prompts, load_prompts
+from rlhf.data.prompts import Prompts, example_prompt, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.fits import check_prompt, check_split, check_vocabulary
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
-from rlhf.experiment.logs import Logs, environment, finite_or_null
+from rlhf.experiment.lifeline import Lifeline, hold
+from rlhf.experiment.logs import Logs, check_logger, environment, finite_or_null
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.signals import Signals
 from rlhf.experiment.steps import Step
 from rlhf.files import WriteError, sweep, write_json
-from rlhf.flags import check_positive
+from rlhf.models.forward import unwrapped
 from rlhf.models.loading import Role
+from rlhf.paths import check_writable
 from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
 
 
@@ -42,8 +45,6 @@ def start_experiment(flags: Any, script: str) -> Run:
         UserError: flags that contradict each other, an experiment folder that is taken, or one to resume that isn't
             there.
     """
-    check_positive(flags, "mini_batch_size", "micro_batch_size", "micro_batch_tokens", "max_steps", "epochs")
-    check_positive(flags, "log_interval", "max_new_tokens", "temperature", "top_p", "lora_rank")
     folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if flags.resume and not flags.experiment_dir:
         raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
@@ -53,12 +54,15 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
     if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
+    check_writable(folder, "experiment_dir")
+    check_logger(flags.logger)
     fabric = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()
+    lifeline = hold(fabric.global_rank, fabric.world_size, fabric.broadcast)
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
-    return Run(fabric, flags, script, folder)
+    return Run(fabric, flags, script, folder, lifeline)
 
 
 def claimed(folder: Path) -> Path:
@@ -90,7 +94,8 @@ class Run:
         ended: it was resumed after its end: there is nothing left to do.
     """
 
-    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path) -> None:
+    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path, lifeline: Lifeline | None = None) -> None:
+        self._lifeline = lifeline
         self.fabric, self.flags, self.script, self.folder = fabric, flags, script, folder
         self.rank, self.world_size, self.device = fabric.global_rank, fabric.world_size, fabric.device
         self.precision = str(fabric.strategy.precision.precision)
@@ -110,6 +115,8 @@ class Run:
         self._values: dict[str, float] = {}
         self._step: Step | None = None
         self._data_info: dict = {}
+        self._read: list[tuple[Split, int | None]] = []
+        self._tokenizer: Any = None
 
     def say(self, text: str) -> None:
         """Print once, not once a device."""
@@ -129,7 +136,7 @@ class Run:
         for split in (train, validation):
             if split is not None:
                 check_tokenizer(split, tokenizer)
-                self._note(split)
+                self._note(split, tokenizer)
         return train, validation
 
     def load_prompts(self, name: str, tokenizer) -> Prompts | None:
@@ -137,16 +144,34 @@ class Run:
         with self.fabric.rank_zero_first(local=True):
             prompts = load_prompts(self.flags.data_dir, name, tokenizer)
         if prompts is not None:
-            self._note(prompts.split)
+            self._note(prompts.split, tokenizer, new_tokens=getattr(self.flags, "max_new_tokens", 0))
         return prompts
 
-    def _note(self, split: Split) -> None:
-        """For data.json: how the data was made, and a hash of the rows of every split that the run reads."""
+    def _note(self, split: Split, tokenizer, *, new_tokens: int | None = None) -> None:
+        """For data.json: how the data was made, and a hash of the rows of every split that the run reads.
+
+        For `setup`, which sees the models: what has to fit them.
+        """
+        self._tokenizer = tokenizer
+        self._read.append((split, new_tokens))
         read = {**self._data_info.get("read", {}), f"{split.stage}_{split.name}": split.fingerprint}
         self._data_info = {**data_info(self.flags.data_dir), "read": read}
 
     def setup(self, module: nn.Module) -> nn.Module:
-        """Move a model to this run's device and under its strategy."""
+        """Move a model to this run's device and under its strategy.
+
+        Raises:
+            UserError: a row of the splits that were loaded, or a token of their tokenizer, does not fit the model.
+        """
+        model = unwrapped(module.model)
+        if self._tokenizer is not None:
+            check_vocabulary(self._tokenizer, model)
+        for split, new_tokens in self._read:
+            check_split(split, model, new_tokens=new_tokens)
+        prompt = example_prompt(self.flags.data_dir)
+        if prompt is not None and hasattr(self.flags, "max_new_tokens"):
+            where = f"{self.flags.data_dir}/example_prompt.pt"
+            check_prompt(prompt, self.flags.max_new_tokens, model, where)
         module.own_parameters()
         module = self.fabric.setup_module(module)
         self.modules.append(module)
@@ -252,8 +277,9 @@ class Run:
         """At every `--eval_interval`-th step, the first included: log what `assess` measures."""
         interval = self.flags.eval_interval
         if interval > 0 and self.step_index % interval == 0 and self._evaluated_at != self.step_index:
+            began = time.perf_counter()
             self._evaluate(assess)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
 
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
@@ -285,8 +311,9 @@ class Run:
         """
         interval = self.flags.save_interval
         if self._save_asked or (interval > 0 and self.step_index > 0 and self.step_index % interval == 0):
+            began = time.perf_counter()
             self._save(models, optimizers, tokenizer, states)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
 
     def _save(self, models, optimizers, tokenizer, states, *, must: bool = False) -> None:
         """Write a checkpoint; where it cannot be written, raise WriteError if it `must`, else say so."""
@@ -444,13 +471,15 @@ class Run:
             summary = {**self._values, "steps": self.step_index, "experiment_dir": str(self.folder)}
 
             def write() -> None:
+                self.logs.close()
                 if not self.interrupted:
                     save_final(models["model"], tokenizer, self.folder / "final")
                     write_json(self.folder / "summary.json", finite_or_null(summary))
-                self.logs.close()
 
             fault = self._on_first(write)
             if fault is not None:
                 raise WriteError(self._go_on(fault))
         self.fabric.barrier()
+        if self._lifeline is not None:
+            self._lifeline.close()
         return summary

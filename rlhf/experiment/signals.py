@@ -42,7 +42,7 @@ class Signals:
             self.save = True
             return
         if number == signal.SIGINT and self.stop:
-            raise KeyboardInterrupt("stopped at once, without a checkpoint; --resume=True goes on from the last one")
+            raise KeyboardInterrupt("at once, without a checkpoint; --resume=True goes on from the last one")
         self.stop = True
         text = "asked to stop: what is in hand is finished and saved first; Ctrl-C once more stops at once\n"
         os.write(2, text.encode())  # print is not safe in a handler
