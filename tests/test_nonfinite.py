@@ -230,6 +230,19 @@ def test_c25_a_rollout_that_is_not_finite_is_named_or_skipped(lab, tmp_path, mon
     assert math.isfinite(second["train/score"])
 
 
+@pytest.mark.parametrize("script", ONLINE)
+def test_c25_a_skipped_rollout_does_not_take_its_checkpoint_along(lab, tmp_path, monkeypatch, script):
+    """C4, C25: the checkpoint before the second rollout, which is skipped, is there, and does not count it yet: a run
+    that goes on from it comes to that rollout again, and ends with the same count."""
+    main, flags = settings_of(lab, script, tmp_path, skip_nonfinite_steps=1, max_steps=2, save_interval=1)
+    with monkeypatch.context() as patch:
+        spoil_collected(patch, "log-probabilities", step=1)
+        main(flags)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    assert json.loads((folder / "state.json").read_text())["extra"]["skipped_steps"] == 0
+    assert [line.get("train/skipped_steps") for line in trained_lines(tmp_path)] == [None, 1]
+
+
 def test_c25_targets_that_overflow_leave_no_trace_in_the_running_moments(lab, tmp_path, monkeypatch):
     """C25: advantages that are not finite skip the step; the running moments forget its scores, and beta stays."""
     targets_of, states = rlhf_ppo.targets_of, []
