@@ -185,23 +185,24 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def sweep(folder: Path, *, is_alive: Callable[[int], bool] | None = None) -> list[str]:
+def sweep(folder: Path, *, target: str | None = None, is_alive: Callable[[int], bool] | None = None) -> list[str]:
     """Clear `folder` of what processes left that died while they wrote there; returns the names that are gone.
 
     Only names of this module's pattern are touched, and those of another living process are left alone. A folder
     that was moved aside is put back where its successor never came.
 
     Args:
+        target: only what was on its way to this name; unless given, to any.
         is_alive: process id to whether that process, another than this one, still runs.
     """
     gone = []
     for path in sorted(folder.glob(".*")) if folder.is_dir() else []:
         found = _LEFTOVER.fullmatch(path.name)
-        if found is None:
+        if found is None or target not in (None, found["target"]):
             continue
-        target = folder / found["target"]
-        if found["kind"] == "old" and not os.path.lexists(target):
-            os.replace(path, target)
+        place = folder / found["target"]
+        if found["kind"] == "old" and not os.path.lexists(place):
+            os.replace(path, place)
         elif int(found["pid"]) == os.getpid() or not (is_alive or _is_alive)(int(found["pid"])):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import torch as safetensors_torch
+from tqdm import tqdm
 
 from rlhf import files, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
 from rlhf.errors import UserError
@@ -220,6 +222,7 @@ def _work(work: Callable[[], Any], counter: _Counter, log: Path, pipe: int | Non
         with log.open("a", encoding="utf-8") as output:
             for stream in (1, 2):
                 os.dup2(output.fileno(), stream)
+        tqdm.set_lock(threading.RLock())  # its own is shared with all forks: who dies with it held would hang them
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         counter.install()
         try:

@@ -213,6 +213,7 @@ def test_c23_what_dead_processes_left_is_swept(tmp_path):
     kept = {f".step-2.{ALIVE}.tmp", ".hidden", ".step-3.tmp", "a.1.tmp"}
     for name in kept:
         (tmp_path / name).touch()
+    assert sweep(tmp_path, target="none", is_alive=lambda pid: pid == ALIVE) == []
     gone = sweep(tmp_path, is_alive=lambda pid: pid == ALIVE)
     assert set(gone) == {
         f".step-1.{DEAD}.tmp", f".best.{DEAD}.old", f".other.{DEAD}.old", f".last.{os.getpid()}.tmp",

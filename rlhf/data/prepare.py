@@ -96,7 +96,7 @@ def prepare(
     started = time.perf_counter()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        sweep(destination.parent)
+        sweep(destination.parent, target=destination.name)
         work = beside(destination.absolute())
         work.mkdir()
     except OSError as error:

@@ -263,7 +263,7 @@ def _write(path: Path, known: dict[bytes, np.ndarray], run: Run) -> None:
     checksum = xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes())
     table = {"keys": keys.copy(), "offsets": offsets, "logps": flat, "checksum": np.array([checksum], dtype=np.uint64)}
     try:
-        sweep(path.parent)
+        sweep(path.parent, target=path.name)
         with atomic_write(path) as temporary:
             save_file(table, temporary)
     except (OSError, WriteError) as error:
