@@ -35,7 +35,10 @@ def last_number(text: str) -> Decimal | None:
     (Decimal('-1234.50'), Decimal('3'), None)
     """
     found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    try:
+        return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
+    except ArithmeticError:  # an exponent of twenty digits
+        return None
 
 
 def numeric_answer(response: str, reference: str, tolerance: Decimal = Decimal(0)) -> float:
@@ -45,6 +48,8 @@ def numeric_answer(response: str, reference: str, tolerance: Decimal = Decimal(0
 
     >>> numeric_answer("3 + 4 = 7.0", "#### 7"), numeric_answer("7 or 8", "7"), numeric_answer("seven", "7")
     (1.0, 0.0, 0.0)
+    >>> numeric_answer("1e9999999999", "7"), numeric_answer("1e99999999999999999999", "7")
+    (0.0, 0.0)
 
     Raises:
         ValueError: the reference holds no number.
@@ -52,7 +57,12 @@ def numeric_answer(response: str, reference: str, tolerance: Decimal = Decimal(0
     right, given = last_number(reference), last_number(response)
     if right is None:
         raise ValueError("the reference holds no number")
-    return float(given is not None and abs(given - right) <= tolerance)
+    if given is None:
+        return 0.0
+    try:
+        return float(abs(given - right) <= tolerance)
+    except ArithmeticError:  # a difference beyond all bounds, such as from 1e999999999
+        return float(given == right)
 
 
 def pattern_found(response: str, pattern: re.Pattern) -> float:
