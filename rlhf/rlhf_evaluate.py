@@ -128,9 +128,10 @@ def main(flags: EvaluateFlags) -> dict:
     baseline_name = flags.baseline or next(iter(sources))
     if baseline_name not in sources:
         raise UserError(f"--baseline={baseline_name} is none of the models ({', '.join(sources)})")
-    fabric = make_fabric(flags)
+    fabric, why = make_fabric(flags)
     if fabric.world_size > 1:
         raise UserError("rlhf_evaluate runs on one device; set --devices=1")
+    print(f"rlhf_evaluate: {why}", flush=True)
     device = fabric.device
     tokenizer = tokenizer_of(sources[baseline_name], flags)
     prompts = load_prompts(flags.data_dir, flags.split, tokenizer)

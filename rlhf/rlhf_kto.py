@@ -43,6 +43,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.reference import ReferenceLogps, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
@@ -300,6 +301,16 @@ def main(flags: KTOFlags) -> dict:
     extra = run.restore(models, optimizers)
     if extra:
         rewards_so_far.load_state_dict(extra["rewards_so_far"])
+    all_labels, tokens = train.labels, train.lengths("input_ids")
+    response_lens = tokens - train.prompt_lens
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        longest, next_longest = response_lens.topk(2).indices.tolist() if flags.loss_type == "kto" else (0, 0)
+        partner = {i: next_longest if i == longest else longest for i in rows}
+        batch = pack(train, partner if flags.loss_type == "kto" else {}, rows)
+        return logps_of(run, policy.module, batch)[0].sum()
+
+    check_memory(run, [Pass(policy.module, trial_loss)], optimizers, tokens)
     run.open()
 
     def state() -> dict:
@@ -325,8 +336,6 @@ def main(flags: KTOFlags) -> dict:
         forest = forest_of(train, pairs).to(run.device)
         return forest.per_branch(policy(forest)[0]) - train_reference.sums(pairs)
 
-    all_labels, tokens = train.labels, train.lengths("input_ids")
-    response_lens = tokens - train.prompt_lens
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer, state())

@@ -43,6 +43,7 @@ FREE_TO_CHANGE = {
     "keep_checkpoints",
     "log_interval",
     "logger",
+    "memory_check",
     "micro_batch_size",
     "micro_batch_tokens",
     "num_nodes",
