@@ -46,6 +46,7 @@ from rlhf.flags import (
     RunFlags,
     launch,
 )
+from rlhf.masked import widest
 from rlhf.models.loading import load_policy, resolve, tokenizer_of
 from rlhf.monitoring import measure_pairs
 from rlhf.pairwise import (
@@ -120,7 +121,7 @@ def partners_of(run: Run, flags: DPOFlags, batches: list[PairLogps], *, counts: 
     Args:
         counts: False on a device whose batch only keeps the others company.
     """
-    tables = [sides(flags, pairs).double() for pairs in batches]
+    tables = [sides(flags, pairs).to(widest(run.device)) for pairs in batches]
     mine = torch.cat(tables if counts else [tables[0][:0]])
     owner = torch.full_like(mine[:, :1], run.rank)
     table = run.gather_rows(torch.cat([owner, mine], 1))

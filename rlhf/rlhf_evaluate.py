@@ -77,7 +77,7 @@ def perplexity(policy: Policy, split, rows: range, size: int, device) -> float:
     total, count = 0.0, 0
     for batch in cut(rows, micro_batch_size=size):
         forest = Forest([finetune_tree(split[i]) for i in batch]).to(device)
-        total += policy(forest)[0].double().sum().item()
+        total += policy(forest)[0].cpu().double().sum().item()
         count += forest.num_targets
     return math.exp(-total / max(1, count))
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf import rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
+from rlhf import masked, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft, rollouts
 from rlhf.errors import UserError
-from rlhf.experiment import devices, preflight
+from rlhf.experiment import devices, metrics, preflight
 from rlhf.memory import LivePeak, free_memory, held_memory
 from rlhf.trees.batches import cut, largest_micro_batch, rows_of_rank, rows_of_step
 from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
@@ -225,3 +225,32 @@ def test_c28_device_and_precision_come_with_their_reason(given, reason, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = SimpleNamespace(**given, devices="auto", num_nodes=1, strategy="auto")
     assert reason in devices.make_fabric(flags)[1]
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """A device as Apple's is: nothing that is made on it may be float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in torch.utils._pytree.tree_iter(out) if isinstance(t, torch.Tensor)]
+        assert not any(t.dtype == torch.float64 for t in made), f"{func} makes float64"
+        return out
+
+
+def test_c28_nothing_on_a_device_needs_float64(monkeypatch):
+    """C28: what runs on the device, where that has no float64 (mps): sampling a token, moments, sums of metrics."""
+    for module in (masked, metrics, rollouts):
+        monkeypatch.setattr(module, "widest", lambda device: torch.float32)
+    logits, uniform = torch.randn(3, 700), torch.tensor([0.0, 0.4, 0.999999])
+    fabric = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    with NoFloat64():
+        for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"do_sample": False}):
+            chosen, _ = rollouts.choose(logits, rollouts.Sampling(**options), uniform)
+            assert chosen.max() < 700
+        assert masked.moments(logits[:, :3], logits[:, :3] > 0).dtype == torch.float32
+        sums = metrics.Metrics(fabric)
+        sums.mean("x", logits)
+    assert sums.reduce()["x"] == pytest.approx(logits.mean().item(), abs=1e-5)
+    monkeypatch.undo()
+    assert masked.widest(torch.device("mps")) == torch.float32
+    assert masked.widest(torch.device("cpu")) == torch.float64

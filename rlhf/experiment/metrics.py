@@ -6,6 +6,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from rlhf.masked import widest
+
 
 class Metrics:
     """Sums and counts, reduced once: `reduce()` gives sum / count over every device and micro-batch."""
@@ -19,7 +21,7 @@ class Metrics:
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum over `count` rows or tokens; tensors stay where they are until `reduce`."""
-        total = total.detach().double() if isinstance(total, Tensor) else total
+        total = total.detach().to(widest(total.device)) if isinstance(total, Tensor) else total
         self._sums[name] = self._sums.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
