@@ -28,7 +28,7 @@ from page import (
     status,
     status_line,
 )
-from serving import LoadedModel, Models, ServingFlags, check_serving, default_format, reply
+from serving import LoadedModel, Models, ServingFlags, check_models, default_format, reply
 
 from rlhf.data.formats import format_of, render_prompt
 from rlhf.errors import UserError
@@ -89,9 +89,9 @@ def build(flags: ChatFlags) -> Any:
         UserError: gradio is missing, a flag can't be used, or a source holds no model to chat with.
     """
     check_gradio()
-    check_serving(flags)
     checkpoints = find_checkpoints(flags.experiment_dir)
     refuse_summaries(flags, checkpoints)
+    check_models(flags)
     by_label = {checkpoint.label: checkpoint for checkpoint in checkpoints}
     models = Models(flags)
     running = Running()

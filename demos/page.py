@@ -171,9 +171,10 @@ def server_of(page: Any, flags: ServingFlags) -> tuple[uvicorn.Server, socket.so
     try:
         family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
         listener = socket.create_server((flags.host, flags.port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no name of a machine"
         raise UserError(
-            f"--host={flags.host} --port={flags.port} can't be listened on ({error.strerror}); give another --port"
+            f"--host={flags.host} --port={flags.port} can't be listened on ({reason}); give another --port or --host"
         ) from None
     outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if flags.host in LOOPBACK:

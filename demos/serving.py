@@ -28,16 +28,23 @@ from rlhf.data.text import encode_prompt, special_strings
 from rlhf.errors import UserError
 from rlhf.evaluation import stop_ids
 from rlhf.experiment.devices import fast_bf16
-from rlhf.flags import GenerationFlags, ModelFlags, check_positive
-from rlhf.models.loading import load_policy, tokenizer_of
+from rlhf.flag_values import NOT_BELOW_0, RANGES
+from rlhf.flags import GenerationFlags, ModelFlags
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.rollouts import Sampling
 
 END_OF_TURN, LENGTH, CONTEXT, STOPPED = "end of turn", "length limit", "context full", "stopped"
 
 
+_RANGES = {**RANGES, "temperature": NOT_BELOW_0}
+"""A temperature of 0 is the likeliest token, as on the page."""
+
+
 @dataclass(kw_only=True)
 class ServingFlags(GenerationFlags):
     """Models and server."""
+
+    ranges = _RANGES
 
     experiment_dir: list[str] = field(action="extend", nargs="+")  # noqa: RUF009
     """Experiments, model folders or hub ids to choose among on the page; several, to compare them."""
@@ -56,16 +63,17 @@ class ServingFlags(GenerationFlags):
     """Run model code that comes with a checkpoint."""
 
 
-def check_serving(flags: ServingFlags) -> None:
-    """Raise `UserError` for a flag that can't be used."""
-    check_positive(flags, "max_new_tokens", "keep_loaded")
-    if not 0 < flags.port < 2**16:
-        raise UserError(f"--port={flags.port} is no port; give one from 1 to 65535")
-    if flags.temperature < 0 or flags.top_k < 0 or not 0 < flags.top_p <= 1:
-        raise UserError(
-            f"--temperature={flags.temperature} --top_k={flags.top_k} --top_p={flags.top_p}: the first two can't be "
-            f"below 0, and --top_p lies above 0 and at most at 1"
-        )
+def check_models(flags: ServingFlags) -> None:
+    """Refuse a model that no page could talk to, by its configuration and tokenizer alone.
+
+    Raises:
+        UserError: one of `--experiment_dir` is not there, no causal language model, or has no tokenizer.
+    """
+    for source in flags.experiment_dir:
+        settings = ModelFlags(trust_remote_code=flags.trust_remote_code)
+        folder = resolve(source, "experiment_dir")
+        check_kind(folder, settings)
+        tokenizer_of(folder, settings)
 
 
 def default_format(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -329,6 +337,8 @@ def _device_and_dtype(flags: ServingFlags) -> tuple[torch.device, torch.dtype]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device={flags.device} can't be used ({_first_line(error)}); give cpu, or auto") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device={flags.device} can't be used; give cpu, cuda, cuda:1, mps or auto")
     fast = device.type == "cuda" and fast_bf16("cuda")
     is_bf16 = flags.precision == "bf16-true" or (flags.precision == "auto" and fast)
     return device, torch.bfloat16 if is_bf16 else torch.float32

@@ -27,7 +27,7 @@ from page import (
     status,
     status_line,
 )
-from serving import LoadedModel, Models, ServingFlags, check_serving, reply
+from serving import LoadedModel, Models, ServingFlags, check_models, reply
 
 from rlhf.data.formats import format_of, render_prompt
 from rlhf.flags import launch
@@ -89,8 +89,8 @@ def build(flags: SummarizeFlags) -> Any:
         UserError: gradio is missing, a flag can't be used, or a source holds no language model.
     """
     check_gradio()
-    check_serving(flags)
     checkpoints = find_checkpoints(flags.experiment_dir)
+    check_models(flags)
     by_label = {checkpoint.label: checkpoint for checkpoint in checkpoints}
     models = Models(flags)
     running = Running()

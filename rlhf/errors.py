@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -16,3 +16,7 @@ class UserError(Exception):
     """
 
     status = 2
+
+
+class NonFiniteError(UserError):
+    """Numbers that are not finite. A step with them may be skipped (`Step.skip`); an evaluation goes without them."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.errors import UserError
 from rlhf.experience import Experience
-from rlhf.flags import check_not_negative, check_positive
+from rlhf.flags import CheckedFlags
 
 if TYPE_CHECKING:
     from rlhf.experiment.run import Run
@@ -35,7 +35,7 @@ NGRAM = 4
 
 
 @dataclass(kw_only=True)
-class GuardFlags:
+class GuardFlags(CheckedFlags):
     """Guards against a collapse or a hacked reward."""
 
     on_collapse: Literal["stop", "warn"] = "stop"
@@ -55,12 +55,6 @@ class GuardFlags:
     """Largest rise of the share of 4-grams of tokens that repeat an earlier one of their response; 0: any."""
     guard_score: float = 1.0
     """Largest fall of the held-out score below its best, in standard deviations of the start's scores; 0: any."""
-
-
-def check_guards(flags: GuardFlags) -> None:
-    """Raise `UserError` for a limit that can't be one."""
-    check_positive(flags, "guard_patience")
-    check_not_negative(flags, "guard_kl", "guard_eos", "guard_empty", "guard_length", "guard_repetition", "guard_score")
 
 
 class Collapse(UserError):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
+from rlhf.flags import CheckedFlags
 from rlhf.kl import kl_k3
 from rlhf.losses.anchored import apo_down_loss, apo_zero_loss, bco_pair_loss, nca_pair_loss, sppo_hard_loss
 from rlhf.losses.log_ratios import alpha_scores, forward_kl_scores, js_scores, ld_weights, wpo_weights
@@ -59,7 +60,7 @@ USED_BY = {
 
 
 @dataclass(kw_only=True)
-class PairLossFlags:
+class PairLossFlags(CheckedFlags):
     """Losses of pairs."""
 
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
@@ -106,6 +107,7 @@ class PairLossFlags:
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        super().__post_init__()
         check_losses(self)
 
     @property
@@ -141,13 +143,11 @@ def check_losses(flags: PairLossFlags) -> None:
     named = f"--loss_type {' '.join(chosen)}"
     unknown = [name for name in chosen if name not in LOSS_TYPES]
     if unknown or not chosen:
-        raise UserError(f"{named}: {unknown[0] if unknown else 'nothing'} is none of {', '.join(LOSS_TYPES)}")
+        raise UserError(f"{named}: {unknown[0] if unknown else 'nothing'} is none of {', '.join(LOSS_TYPES)}; take one")
     if len(set(chosen)) < len(chosen):
         raise UserError(f"{named} names a loss twice; name it once, with the sum of its --loss_weights")
     if flags.loss_weights is not None and len(flags.loss_weights) != len(chosen):
         raise UserError(f"--loss_weights needs one weight for each of {named}, {len(chosen)} in all")
-    if any(weight <= 0 for weight in flags.weights.values()):
-        raise UserError(f"--loss_weights {' '.join(map(str, flags.loss_weights))} must be above 0; leave losses out")
     defaults = {f.name: f.default for f in dataclasses.fields(flags)}
     for option, losses in USED_BY.items():
         if getattr(flags, option) != defaults[option] and not set(losses) & set(chosen):
@@ -159,26 +159,13 @@ def check_losses(flags: PairLossFlags) -> None:
         raise UserError("--f_divergence_alpha is the order of --f_divergence=alpha; set that too, or leave it out")
     if flags.wpo_weighting and flags.sorts:
         raise UserError(f"--wpo_weighting weights a pair, and {named} compares it with others; leave one of them out")
-    if not 0 <= flags.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing={flags.label_smoothing} must be in [0, 0.5)")
     if "exo_pair" in chosen and flags.label_smoothing == 0:
         raise UserError("--loss_type exo_pair needs a --label_smoothing above 0; its paper takes 0.001")
-    if flags.ld_alpha is not None and not 0 <= flags.ld_alpha <= 1:
-        raise UserError(f"--ld_alpha={flags.ld_alpha} must be in [0, 1]")
-    if not 0 < flags.discopop_tau < 1:
-        raise UserError(f"--discopop_tau={flags.discopop_tau} must be in (0, 1)")
-    if flags.beta <= 0:
-        raise UserError(f"--beta={flags.beta} must be above 0")
     for option in ("reference", "ref_update_interval", "max_chosen_drop"):
         if flags.reference_free and getattr(flags, option) != defaults[option]:
             raise UserError(f"--{option} and --reference_free contradict each other; leave one out")
-    if flags.ref_update_interval is None:
-        if flags.ref_mixup != 0.6:
-            raise UserError("--ref_mixup needs --ref_update_interval, the steps between updates of the reference")
-    elif flags.ref_update_interval <= 0:
-        raise UserError(f"--ref_update_interval={flags.ref_update_interval} must be above 0")
-    elif not 0 < flags.ref_mixup <= 1:
-        raise UserError(f"--ref_mixup={flags.ref_mixup} must be in (0, 1]")
+    if flags.ref_update_interval is None and flags.ref_mixup != 0.6:
+        raise UserError("--ref_mixup needs --ref_update_interval, the steps between updates of the reference")
 
 
 def check_moving_reference(flags: Any) -> None:

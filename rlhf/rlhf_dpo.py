@@ -21,6 +21,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_dpo.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -33,7 +34,7 @@ from rlhf.data.splits import Split
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
-from rlhf.experiment.reference import MovingReference, reference_logps
+from rlhf.experiment.reference import MovingReference, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
@@ -47,8 +48,8 @@ from rlhf.flags import (
     launch,
 )
 from rlhf.masked import widest
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
-from rlhf.monitoring import measure_pairs
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
+from rlhf.monitoring import measure_pairs, watch_pairs
 from rlhf.pairwise import (
     PairLogps,
     PairLossFlags,
@@ -182,6 +183,7 @@ def references_of(
         return reference_logps(run, policy, rows, lambda i: pair_tree(split[i]), folder, micro_batch_size=size)
 
     found = stored(train, run.rows_to_train(len(train))), None
+    check_reference(run, found[0], train)
     if validation is not None:
         found = found[0], stored(validation, run.rows_to_evaluate(len(validation), flags.eval_iters))
     computed = sum(r.computed for r in found if r is not None)
@@ -194,6 +196,9 @@ def main(flags: DPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_dpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     source = resolve(getattr(flags, name), name)
+    check_kind(source, flags)
+    if flags.reference:
+        check_kind(resolve(flags.reference, "reference"), flags)
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("preference", tokenizer)
     policy = run.setup(load_policy(source, flags))
@@ -228,7 +233,8 @@ def main(flags: DPOFlags) -> dict:
                 f"warning: the chosen responses have lost {drop:.2f} nats a token; lower --learning_rate, raise "
                 f"--beta or set --sft_coef"
             )
-        run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
+        if math.isfinite(values["val/loss"]):  # NaN rewards count as wrong ones in the accuracy
+            run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
         return values
 
     for step in run.steps(len(train)):
@@ -242,7 +248,9 @@ def main(flags: DPOFlags) -> dict:
             partners = partners_of_step(run, flags, policy, reference, step, pack, tokens)
         for (forest, rows), part in zip(step.micro_batches(pack, policy, tokens=tokens), partners, strict=False):
             pairs = pair_logps(flags, policy, reference, forest.to(run.device), rows)
-            loss = pair_losses(flags, pairs, part).sum() / num_pairs
+            losses = pair_losses(flags, pairs, part)
+            watch_pairs(step, pairs, losses)
+            loss = losses.sum() / num_pairs
             loss = loss + flags.chosen_nll_coef * chosen_nll(pairs).sum() / num_chosen_tokens
             loss = loss + flags.path_nll_coef * path_nll(pairs).sum() / num_path_tokens
             step.backward(loss)

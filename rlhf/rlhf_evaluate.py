@@ -17,20 +17,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf.data.prompts import load_prompts
-from rlhf.data.splits import check_tokenizer, has_split, load_split
+from rlhf.data.prompts import Prompts, load_prompts
+from rlhf.data.splits import Split, check_tokenizer, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.fits import check_split, check_vocabulary
 from rlhf.files import write_json
-from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, check_positive, launch
-from rlhf.models.loading import load_policy, load_scorer, resolve, tokenizer_of
+from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, launch
+from rlhf.models.forward import unwrapped
+from rlhf.models.loading import check_kind, load_policy, load_scorer, resolve, tokenizer_of
 from rlhf.models.policy import Policy
+from rlhf.paths import check_writable
 from rlhf.reports import accuracy_of, interval_of, paired_p_value
 from rlhf.rewards.models import RewardModel
 from rlhf.rollouts import Samples, generate
@@ -51,8 +56,8 @@ class EvaluateFlags(ModelFlags, GenerationFlags, DeviceFlags):
     """Name of the model that KL, win rate and implicit rewards are measured against; the first unless set."""
     rm_experiment_dir: str | None = None
     """Experiment (or model) of the reward model that scores the answers."""
-    split: str = "test"
-    """Split to evaluate on: test or validation."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Split to evaluate on."""
     num_prompts: int = 64
     """Prompts to answer; 0: all of the split."""
     num_rows: int = 256
@@ -110,24 +115,41 @@ def named_models(models: list[str]) -> dict[str, str]:
     Raises:
         UserError: an argument without a name, or a name given twice.
     """
+    if not models:
+        raise UserError("--models is empty; give name=folder of one or more models")
     found: dict[str, str] = {}
     for argument in models:
         name, equals, source = argument.partition("=")
         if not equals or not name or not source:
-            raise UserError(f"--models: {argument!r} is not of the form name=folder")
+            raise UserError(f"--models: {argument!r} is not of the form name=folder; write one name and one = for each")
         if name in found:
-            raise UserError(f"--models: the name {name!r} is given twice")
+            raise UserError(f"--models: the name {name!r} is given twice; give each model its own")
         found[name] = resolve(source, "models")
     return found
 
 
+def _check_fits(policy: Policy, tokenizer, prompts: Prompts, splits: dict[str, Split], flags: EvaluateFlags) -> None:
+    check_vocabulary(tokenizer, unwrapped(policy.model))
+    check_split(prompts.split, unwrapped(policy.model), new_tokens=flags.max_new_tokens)
+    for split in splits.values():
+        check_split(split, unwrapped(policy.model))
+
+
 def main(flags: EvaluateFlags) -> dict:
     """Evaluate all models; returns the results by model name."""
-    check_positive(flags, "temperature", "max_new_tokens", "num_seeds", "micro_batch_size", "rollout_mini_batch_size")
+    if flags.output and Path(flags.output).is_dir():
+        raise UserError(f"--output={flags.output} is a folder; give the name of a JSON file")
+    if flags.output:
+        check_writable(Path(flags.output).parent, "output")
     sources = named_models(flags.models)
     baseline_name = flags.baseline or next(iter(sources))
     if baseline_name not in sources:
-        raise UserError(f"--baseline={baseline_name} is none of the models ({', '.join(sources)})")
+        raise UserError(f"--baseline={baseline_name} is none of the models ({', '.join(sources)}); give one of them")
+    for source in sources.values():
+        check_kind(source, flags)
+    rm = resolve(flags.rm_experiment_dir, "rm_experiment_dir") if flags.rm_experiment_dir else None
+    if rm:
+        check_kind(rm, flags, scorer=True)
     fabric, why = make_fabric(flags)
     if fabric.world_size > 1:
         raise UserError("rlhf_evaluate runs on one device; set --devices=1")
@@ -150,8 +172,7 @@ def main(flags: EvaluateFlags) -> dict:
 
     results: dict[str, dict] = {}
     reward = None
-    if flags.rm_experiment_dir:
-        rm = resolve(flags.rm_experiment_dir, "rm_experiment_dir")
+    if rm:
         scorer = fabric.to_device(load_scorer(rm, flags, trainable=False))
         reward = RewardModel(scorer, tokenizer_of(rm, flags), tokenizer)
         if "preference" in splits and reward.same_tokenizer:
@@ -165,6 +186,7 @@ def main(flags: EvaluateFlags) -> dict:
     for name in tqdm(order, desc="models"):
         is_baseline = name == baseline_name
         policy = baseline if is_baseline else fabric.to_device(load_policy(sources[name], flags, trainable=False))
+        _check_fits(policy, tokenizer, prompts, splits, flags)
         found: dict = {"model": sources[name]}
         with fabric.autocast():
             if "finetune" in splits:

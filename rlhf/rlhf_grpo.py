@@ -46,9 +46,9 @@ from torch import Tensor
 
 from rlhf.advantages import token_rewards
 from rlhf.data.prompts import Prompts
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, collect, penalised_scores, stack
+from rlhf.experience import Experience, Rollout, check_finite, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.run import Run, start_experiment
@@ -62,9 +62,7 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
-    check_not_negative,
     check_on_policy,
-    check_positive,
     launch,
 )
 from rlhf.group_advantages import (
@@ -77,13 +75,13 @@ from rlhf.group_advantages import (
     rloo_advantages,
     without_spread,
 )
-from rlhf.guards import GuardFlags, Guards, check_guards
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import cispo_loss, grpo_loss, gspo_loss, policy_clipped, response_log_ratios
-from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import Roles, load_actor
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_samples
-from rlhf.rewards.mix import Rewards, load_rewards
+from rlhf.rewards.mix import Rewards, check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order, rollout_sizes
 from rlhf.trees.forest import Forest, Tree
 
@@ -158,11 +156,8 @@ class GRPOFlags(
     """How the rate falls: not at all, or to 0 along a line or a cosine, a step at a time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
-        check_positive(self, "eval_temperature")
+        super().__post_init__()
         check_on_policy(self, "GRPO")
-        check_guards(self)
-        check_not_negative(self, "kl_coef", "clip_low", "clip_high", "max_resamples", "missing_eos_penalty")
         if self.num_samples == 1 and self.advantage != "reinforce_pp":
             raise UserError(
                 f"--advantage={self.advantage} compares the responses to one prompt: --num_samples must be 2 or more "
@@ -183,7 +178,7 @@ class GRPOFlags(
                 f"out, or take sequence"
             )
         if self.max_resamples and not self.dynamic_sampling:
-            raise UserError("--max_resamples has no meaning without --dynamic_sampling=True")
+            raise UserError("--max_resamples has no meaning without --dynamic_sampling=True; set that too")
         if self.dynamic_sampling and self.advantage == "reinforce_pp":
             raise UserError(
                 "--advantage=reinforce_pp learns from groups of equal rewards too; leave --dynamic_sampling=False, or "
@@ -308,6 +303,7 @@ def policy_loss(actor: torch.nn.Module, batch: Batch, flags: GRPOFlags, step: St
     """The weighted sum of a micro-batch's token losses; what it shows goes into the metrics."""
     forest, mask, old_logps = batch.forest, batch.forest.target_mask, batch.old_logps
     token_logps, entropies = actor(forest, temperature=flags.temperature, entropy=True)
+    step.watch("log-probabilities", token_logps, forest)
     log_ratios = (forest.dense(token_logps) - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     logps, entropies = old_logps + log_ratios, forest.dense(entropies)
     if flags.loss_type == "gspo":
@@ -342,12 +338,20 @@ def main(flags: GRPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_grpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    judges = check_rewards(flags)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
     roles = load_actor(sft, flags, with_reference=flags.kl_coef > 0)
     rewards = load_rewards(
-        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        judges=judges,
     )
     actor = run.setup(roles.actor)
     if roles.reference is not None:
@@ -356,7 +360,7 @@ def main(flags: GRPOFlags) -> dict:
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    updates = flags.rollout_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    updates = flags.rollout_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     run.say(
         f"rlhf_grpo: {flags.num_samples} responses to each prompt, {run.global_batch * flags.num_samples} a rollout; "
         f"{mini_batch} prompts an optimiser step, {updates:,} optimiser steps in all at most; {flags.loss_type}, "
@@ -365,8 +369,8 @@ def main(flags: GRPOFlags) -> dict:
     )
     models, optimizers = {"model": roles.actor}, {"optimizer": optimizer}
     guards = Guards(run, flags)
-    if extra := run.restore(models, optimizers):
-        guards.load_state_dict(extra["guards"])
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
 
     def trial_loss(rows: list[int]) -> Tensor:
         forest = trial_forest(run, prompts, rows, flags.num_samples, flags.max_new_tokens)
@@ -377,9 +381,6 @@ def main(flags: GRPOFlags) -> dict:
     sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size * flags.num_samples)
     check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, tokens, rollout=sampling)
     run.open()
-
-    def state() -> dict:
-        return {"guards": guards.state_dict()}
 
     def assess() -> dict[str, float]:
         log_sample(run, roles.actor, tokenizer)
@@ -392,13 +393,22 @@ def main(flags: GRPOFlags) -> dict:
         return values
 
     for step in run.steps(len(prompts)):
-        sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
+        try:
+            sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
+            experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
+            rollout = stack(experiences, flags.max_new_tokens)
+            scores = penalised_scores(experiences, flags.missing_eos_penalty)
+            advantages, token_kl = advantages_of(rollout, scores, flags)
+            check_finite(prompts, experiences, {"advantages": advantages})
+        except NonFiniteError as error:
+            step.skip(error)
+            continue
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
         guards.watch(step, sampled)
         run.evaluate_if_due(assess)
         if guards.may_save:
-            run.save_if_due(models, optimizers, tokenizer, state())
+            run.save_if_due(models, optimizers, tokenizer, states)
         measure_samples(step, stack(sampled, flags.max_new_tokens))
         all_scores = penalised_scores(sampled, flags.missing_eos_penalty)
         equal = without_spread(all_scores.view(-1, flags.num_samples))
@@ -406,12 +416,6 @@ def main(flags: GRPOFlags) -> dict:
         step.metrics.put("train/equal_groups", equal.double().mean().item())
         step.metrics.put("train/trained_groups", len(kept))
 
-        experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
-        rollout, scores = (
-            stack(experiences, flags.max_new_tokens),
-            penalised_scores(experiences, flags.missing_eos_penalty),
-        )
-        advantages, token_kl = advantages_of(rollout, scores, flags)
         if flags.kl_in == "reward":
             charged = flags.kl_coef * (token_kl * rollout.response_mask).sum(1)
             step.metrics.put("train/kl_penalty", charged.mean().item() if kept else 0.0)
@@ -419,6 +423,7 @@ def main(flags: GRPOFlags) -> dict:
 
         lengths = rollout.response_mask.sum(1).view(-1, flags.num_samples).sum(1)
         tokens = lengths + torch.tensor([len(e.prompt) for e in experiences[:: flags.num_samples]], dtype=torch.long)
+        row_of = [e.row for e in experiences[:: flags.num_samples]]
         for epoch in range(flags.rollout_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(kept), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
@@ -426,7 +431,8 @@ def main(flags: GRPOFlags) -> dict:
                 groups = order[start : start + mini_batch]
                 weights = weights_of(rollout, responses_of(groups, flags.num_samples), flags)
                 of_groups = partial(pack, experiences, rollout, advantages, weights, flags.num_samples)
-                for batch in step.micro_batches(of_groups, actor, rows=groups, tokens=tokens):
+                given = {"rows": groups, "row_of": row_of, "tokens": tokens}
+                for batch in step.micro_batches(of_groups, actor, **given):
                     batch.to(run.device)
                     step.backward(policy_loss(actor, batch, flags, step))
                     step.num_tokens += batch.forest.num_tokens
@@ -434,7 +440,7 @@ def main(flags: GRPOFlags) -> dict:
         step.metrics.put(
             "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
         )
-    return run.finish(models, optimizers, tokenizer, assess, state())
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

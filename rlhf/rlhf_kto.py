@@ -28,6 +28,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_kto.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from rlhf.evaluation import log_sample
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
-from rlhf.experiment.reference import ReferenceLogps, reference_logps
+from rlhf.experiment.reference import ReferenceLogps, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
     BatchFlags,
@@ -54,14 +55,13 @@ from rlhf.flags import (
     ModelFlags,
     OptimizerFlags,
     RunFlags,
-    check_positive,
     launch,
 )
 from rlhf.kl import kl_k3
 from rlhf.losses.feedback import apo_zero_unpaired_loss, bco_loss, kto_kl, kto_loss
 from rlhf.losses.preference import implicit_rewards
 from rlhf.masked import moments
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.reports import auc
 from rlhf.trees.batches import mismatched, mismatched_of_run
 from rlhf.trees.forest import Forest
@@ -92,12 +92,9 @@ class KTOFlags(DataFlags, ModelFlags, BatchFlags, OptimizerFlags, GenerationFlag
     """Warn once the good responses have lost this many nats a token against the reference."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "beta")
+        super().__post_init__()
         for name in ("desirable_weight", "undesirable_weight"):
-            weight = getattr(self, name)
-            if weight < 0:
-                raise UserError(f"--{name}={weight} must not be below 0")
-            if weight != 1 and self.loss_type == "bco":
+            if getattr(self, name) != 1 and self.loss_type == "bco":
                 raise UserError(f"--{name} has no meaning with --loss_type=bco; leave it at 1")
 
 
@@ -254,6 +251,7 @@ def references_of(
         order = {"seed": flags.seed, "shuffle": flags.shuffle}
         pairs += mismatched_of_run(run.total_steps, len(train), run.global_batch, **order)
     found = stored(train, pairs), None
+    check_reference(run, found[0], train)
     if validation is not None:
         rows = run.rows_to_evaluate(len(validation), flags.eval_iters)
         pairs = [(i, i) for i in rows]
@@ -287,6 +285,9 @@ def main(flags: KTOFlags) -> dict:
     run = start_experiment(flags, "rlhf_kto")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     source = resolve(getattr(flags, name), name)
+    check_kind(source, flags)
+    if flags.reference:
+        check_kind(resolve(flags.reference, "reference"), flags)
     tokenizer = tokenizer_of(source, flags)
     train, validation = run.load_splits("feedback", tokenizer)
     if flags.loss_type == "kto" and len(train) < 2:
@@ -298,9 +299,8 @@ def main(flags: KTOFlags) -> dict:
     optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     rewards_so_far = RunningMoments()
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
-    extra = run.restore(models, optimizers)
-    if extra:
-        rewards_so_far.load_state_dict(extra["rewards_so_far"])
+    states = {"rewards_so_far": rewards_so_far}
+    run.restore(models, optimizers, states)
     all_labels, tokens = train.labels, train.lengths("input_ids")
     response_lens = tokens - train.prompt_lens
 
@@ -313,9 +313,6 @@ def main(flags: KTOFlags) -> dict:
     check_memory(run, [Pass(policy.module, trial_loss)], optimizers, tokens)
     run.open()
 
-    def state() -> dict:
-        return {"rewards_so_far": rewards_so_far.state_dict()}
-
     def assess() -> dict[str, float]:
         log_sample(run, policy.module, tokenizer)
         if validation is None:
@@ -327,7 +324,8 @@ def main(flags: KTOFlags) -> dict:
                 f"warning: the good responses have lost {drop:.2f} nats a token; lower --learning_rate or raise --beta"
             )
         best, higher = ("val/auc", True) if "val/auc" in values else ("val/loss", False)
-        run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
+        if math.isfinite(values["val/loss"]):  # NaN rewards have a place of their own in the order of the AUC
+            run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
         return values
 
     @torch.no_grad()
@@ -338,8 +336,8 @@ def main(flags: KTOFlags) -> dict:
 
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, state())
-        before, point = state(), None
+        run.save_if_due(models, optimizers, tokenizer, states)
+        before, point = rewards_so_far.state_dict(), None
         partner = partners_of(flags, step.global_rows, len(train))
         first, *later = step.cuts(tokens=tokens)
         ratios = [log_ratios([(i, partner[i]) for i in rows]) for rows in later if partner]
@@ -353,6 +351,9 @@ def main(flags: KTOFlags) -> dict:
                 point = point_of_reference(run, flags, rewards_so_far, ratios, step.weight)
             labels, lengths = all_labels[batch.rows].to(run.device), batch.forest.target_mask.sum(1)
             losses = row_losses(flags, policy_logps, ref_logps, labels, point)
+            step.watch("log-probabilities", policy_logps)
+            step.watch("reference log-probabilities", ref_logps)
+            step.watch("losses", losses)
             step.backward(losses.sum() / len(step.global_rows))
             measure(step.metrics, "train", flags, losses, policy_logps, ref_logps, labels, lengths, point, step.weight)
             step.num_tokens += batch.forest.num_tokens
@@ -366,8 +367,8 @@ def main(flags: KTOFlags) -> dict:
         elif flags.loss_type == "bco":
             step.metrics.put("train/delta", point.item())
         if not step.update(optimizer, clip=flags.gradient_clip_val):
-            rewards_so_far.load_state_dict(before["rewards_so_far"])
-    return run.finish(models, optimizers, tokenizer, assess, state())
+            rewards_so_far.load_state_dict(before)
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

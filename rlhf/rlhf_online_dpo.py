@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
@@ -44,18 +44,16 @@ from rlhf.flags import (
     OptimizerFlags,
     RewardFlags,
     RunFlags,
-    check_not_negative,
     check_on_policy,
-    check_positive,
     launch,
 )
-from rlhf.guards import GuardFlags, Guards, check_guards
-from rlhf.models.loading import load_policy, resolve, tokenizer_of
+from rlhf.guards import GuardFlags, Guards
+from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
+from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples, watch_pairs
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
-from rlhf.rewards.mix import load_rewards
+from rlhf.rewards.mix import check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order
 from rlhf.trees.forest import Forest, Tree
 
@@ -104,11 +102,7 @@ class OnlineDPOFlags(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "temperature", "num_samples", "rollout_size", "rollout_mini_batch_size", "rollout_epochs")
-        check_positive(self, "eval_temperature")
-        check_not_negative(self, "missing_eos_penalty")
         check_on_policy(self, "online DPO")
-        check_guards(self)
         if self.num_samples < 2:
             raise UserError(f"--num_samples={self.num_samples} makes no pair; it must be 2 or more")
         if self.judge and (self.num_samples != 2 or self.missing_eos_penalty):
@@ -167,18 +161,29 @@ def main(flags: OnlineDPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_online_dpo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    reference = resolve(flags.reference, "reference") if flags.reference else None
+    if reference:
+        check_kind(reference, flags)
+    judges = check_rewards(flags)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
     validation = run.load_prompts("validation", tokenizer)
-    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
-    if flags.reference:
-        roles.reference = load_policy(resolve(flags.reference, "reference"), flags, trainable=False)
-    rewards = load_rewards(
-        flags, prompts, tokenizer, device=run.device, gather=run.gather, batch_size=flags.rollout_mini_batch_size
-    )
     judge = None
     if flags.judge:
         judge = load_judge(flags.judge, prompts, tokenizer, timeout=flags.reward_timeout, gather=run.gather)
+    roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
+    if flags.reference:
+        roles.reference = load_policy(reference, flags, trainable=False)
+    rewards = load_rewards(
+        flags,
+        prompts,
+        tokenizer,
+        device=run.device,
+        gather=run.gather,
+        batch_size=flags.rollout_mini_batch_size,
+        judges=judges,
+    )
     actor = run.setup(roles.actor)
     if roles.reference is not None:
         run.fabric.to_device(roles.reference)
@@ -195,8 +200,8 @@ def main(flags: OnlineDPOFlags) -> dict:
         + (f", renewed every {flags.ref_update_interval} steps" if flags.ref_update_interval else "")
     )
     guards = Guards(run, flags)
-    if extra := run.restore(models, optimizers):
-        guards.load_state_dict(extra["guards"])
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
 
     def trial_loss(rows: list[int]) -> Tensor:
         forest = trial_forest(run, prompts, rows, 2, flags.max_new_tokens)
@@ -206,9 +211,6 @@ def main(flags: OnlineDPOFlags) -> dict:
     sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size * flags.num_samples)
     check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, most, rollout=sampling)
     run.open()
-
-    def state() -> dict:
-        return {"guards": guards.state_dict()}
 
     def assess() -> dict[str, float]:
         log_sample(run, roles.actor, tokenizer)
@@ -222,16 +224,21 @@ def main(flags: OnlineDPOFlags) -> dict:
 
     warned = False
     for step in run.steps(len(prompts)):
-        experiences = collect(
-            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=flags.num_samples
-        )
+        num = flags.num_samples
+        try:
+            experiences = collect(
+                run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=num
+            )
+        except NonFiniteError as error:
+            step.skip(error)
+            continue
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
         guards.watch(step, experiences)
         run.evaluate_if_due(assess)
         if guards.may_save:
-            run.save_if_due(models, optimizers, tokenizer, state())
+            run.save_if_due(models, optimizers, tokenizer, states)
         if judge is None:
             pairs = pairs_of(experiences, flags)
         else:
@@ -243,17 +250,20 @@ def main(flags: OnlineDPOFlags) -> dict:
 
         reference = partial(ref_logps_of, pairs) if flags.uses_reference else None
         tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
-        drop = run.metrics()
+        row_of, drop = [best.row for best, _ in pairs], run.metrics()
         for epoch in range(flags.rollout_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(pairs), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
             for start in range(0, len(order), mini_batch):
                 rows = order[start : start + mini_batch]
                 num_chosen_tokens = sum(len(pairs[i][0].response) for i in rows)
-                for forest, mine in step.micro_batches(partial(pack, pairs), actor, rows=rows, tokens=tokens):
+                given = {"rows": rows, "row_of": row_of, "tokens": tokens}
+                for forest, mine in step.micro_batches(partial(pack, pairs), actor, **given):
                     policy = partial(actor, temperature=flags.temperature)
                     logps = pair_logps(flags, policy, reference, forest.to(run.device), mine)
-                    loss = pair_losses(flags, logps).sum() / len(rows)
+                    losses = pair_losses(flags, logps)
+                    watch_pairs(step, logps, losses)
+                    loss = losses.sum() / len(rows)
                     loss = loss + flags.chosen_nll_coef * chosen_nll(logps).sum() / max(1, num_chosen_tokens)
                     step.backward(loss)
                     step.metrics.add("train/loss", loss * len(rows) * step.weight, len(mine) * step.weight)
@@ -274,7 +284,7 @@ def main(flags: OnlineDPOFlags) -> dict:
             )
         if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
             models["reference"].update(flags.ref_mixup)
-    return run.finish(models, optimizers, tokenizer, assess, state())
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from rlhf.advantages import RunningMoments, end_state_mask, gae, score_missing_eos, token_rewards
 from rlhf.data.splits import Split
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, Targets, collect, stack, value_index
+from rlhf.experience import Experience, Rollout, Targets, check_finite, collect, stack, value_index
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
@@ -52,10 +52,9 @@ from rlhf.flags import (
     RewardFlags,
     RunFlags,
     check_on_policy,
-    check_positive,
     launch,
 )
-from rlhf.guards import GuardFlags, Guards, check_guards
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
@@ -65,10 +64,10 @@ from rlhf.losses.policy_gradient import (
 )
 from rlhf.losses.supervised import nll_loss
 from rlhf.masked import masked_whiten
-from rlhf.models.loading import resolve, tokenizer_of
+from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import load_roles
 from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
-from rlhf.rewards.mix import load_rewards, reward_model_of
+from rlhf.rewards.mix import check_rewards, load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
 from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.forest import Forest, Tree
@@ -167,13 +166,12 @@ class PPOFlags(
     """How the rates fall: not at all, or to 0 along a line or a cosine, a step at a time."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "temperature", "rollout_size", "rollout_mini_batch_size", "ppo_epochs", "eval_temperature")
+        super().__post_init__()
         check_on_policy(self, "PPO")
-        check_guards(self)
         if self.whiten_rewards and self.rollout_size < 8:
             raise UserError(f"--whiten_rewards needs --rollout_size of 8 or more, not {self.rollout_size}")
         if self.center_rewards and not self.normalize_rewards:
-            raise UserError("--center_rewards has no meaning without --normalize_rewards")
+            raise UserError("--center_rewards has no meaning without --normalize_rewards=True; set that too")
 
 
 @dataclass
@@ -264,6 +262,7 @@ def pack(experiences: list[Experience], targets: Targets, advantages: Tensor, ro
 def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step, ratios: Metrics) -> Tensor:
     """Summed clipped surrogate of a micro-batch, less its entropy bonus; what it shows goes into the metrics."""
     token_logps, entropies = actor(batch.forest, temperature=flags.temperature, entropy=True)
+    step.watch("log-probabilities", token_logps, batch.forest, name="actor")
     log_ratio = (token_logps - batch.old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     new_logps = batch.old_logps + log_ratio
     losses = ppo_policy_loss(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
@@ -284,6 +283,7 @@ def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
 def value_losses(critic: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step) -> Tensor:
     """Summed (clipped) squared error of the critic's values."""
     values = critic(batch.forest, batch.value_index)
+    step.watch("values", values, batch.forest, batch.value_index, name="critic")
     clip = flags.value_clip_coeff or None
     losses = ppo_value_loss(values, batch.old_values, batch.returns, clip_coef=clip)
     step.metrics.mean("train/value_loss", losses, step.weight)
@@ -308,6 +308,7 @@ def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Modu
     num_targets = max(1, forest_of(rows).num_targets)
     for forest in step.micro_batches(forest_of, actor, rows=rows, tokens=split.lengths("input_ids")):
         token_logps, _ = actor(forest.to(run.device))
+        step.watch("supervised log-probabilities", token_logps, forest, name="actor")
         losses = nll_loss(token_logps)
         step.backward(flags.ptx_coef * losses.sum() / num_targets, name="actor")
         step.metrics.mean("train/ptx_loss", losses, step.weight)
@@ -318,6 +319,8 @@ def main(flags: PPOFlags) -> dict:
     run = start_experiment(flags, "rlhf_ppo")
     name = "sft_experiment_dir" if flags.sft_experiment_dir else "model_name"
     sft = resolve(getattr(flags, name), name)
+    check_kind(sft, flags)
+    judges = check_rewards(flags)
     rm, rm_weight = reward_model_of(flags) or (None, 1.0)
     tokenizer = tokenizer_of(sft, flags)
     prompts = run.load_prompts("train", tokenizer)
@@ -332,6 +335,7 @@ def main(flags: PPOFlags) -> dict:
         gather=run.gather,
         batch_size=flags.rollout_mini_batch_size,
         loaded={rm: roles.reward} if rm else {},
+        judges=judges,
     )
     actor, critic = run.setup(roles.actor), run.setup(roles.critic)
     for frozen in (roles.reference, roles.reward):
@@ -351,7 +355,7 @@ def main(flags: PPOFlags) -> dict:
     mini_batches = flags.rollout_size // flags.mini_batch_size
     updates = flags.ppo_epochs * mini_batches
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    all_updates = flags.ppo_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    all_updates = flags.ppo_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     if flags.whiten_rewards and min(sizes) < 8:
         raise UserError(
             f"--whiten_rewards needs 8 responses, and the last rollout of an epoch has {min(sizes)} (of "
@@ -365,11 +369,8 @@ def main(flags: PPOFlags) -> dict:
     )
     models = {"model": roles.actor, "critic": roles.critic}
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    extra = run.restore(models, optimizers)
-    if extra:
-        kl.load_state_dict(extra["kl"])
-        score_moments.load_state_dict(extra["score_moments"])
-        guards.load_state_dict(extra["guards"])
+    states = {"kl": kl, "score_moments": score_moments, "guards": guards}
+    run.restore(models, optimizers, states)
 
     def trial(rows: list[int]) -> Forest:
         return trial_forest(run, prompts, rows, 1, flags.max_new_tokens)
@@ -388,9 +389,6 @@ def main(flags: PPOFlags) -> dict:
     check_memory(run, passes, optimizers, prompts.split.prompt_lens + flags.max_new_tokens, rollout=sampling)
     run.open()
 
-    def state() -> dict:
-        return {"kl": kl.state_dict(), "score_moments": score_moments.state_dict(), "guards": guards.state_dict()}
-
     def assess() -> dict[str, float]:
         log_sample(run, roles.actor, tokenizer)
         if validation is None:
@@ -402,27 +400,38 @@ def main(flags: PPOFlags) -> dict:
         return values
 
     for step in run.steps(len(prompts)):
-        experiences = collect(
-            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
-        )
+        try:
+            experiences = collect(
+                run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
+            )
+        except NonFiniteError as error:
+            step.skip(error)
+            continue
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
         guards.watch(step, experiences)
         run.evaluate_if_due(assess)
         if guards.may_save:
-            run.save_if_due(models, optimizers, tokenizer, state())
+            run.save_if_due(models, optimizers, tokenizer, states)
+        before = score_moments.state_dict()
         rollout = stack(experiences, flags.max_new_tokens)
         if run.step_index == 0 and (fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value)):
             run.say(f"warning: {fault}")
         scores = shaped_scores(rollout, flags, score_moments)
         scale = score_moments.std if flags.normalize_rewards else 1.0
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size, scale=scale)
+        try:
+            check_finite(prompts, experiences, {"advantages": targets.advantages, "returns": targets.returns})
+        except NonFiniteError as error:
+            step.skip(error)
+            score_moments.load_state_dict(before)
+            continue
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
         kl.update(response_kl, len(experiences))
         step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         warming_up = run.step_index < flags.critic_warmup_steps
-        tokens = torch.tensor([e.num_tokens for e in experiences])
+        tokens, row_of = torch.tensor([e.num_tokens for e in experiences]), [e.row for e in experiences]
         for epoch in range(flags.ppo_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(experiences), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
@@ -432,9 +441,9 @@ def main(flags: PPOFlags) -> dict:
                 advantages = advantages_of(targets, rollout, rows, flags)
                 num_tokens, num_values = int(rollout.response_mask[rows].sum()), int(targets.value_mask[rows].sum())
                 ratios = run.metrics()
-                for batch in step.micro_batches(
-                    partial(pack, experiences, targets, advantages), actor, critic, rows=rows, tokens=tokens
-                ):
+                of_rows = partial(pack, experiences, targets, advantages)
+                given = {"rows": rows, "row_of": row_of, "tokens": tokens}
+                for batch in step.micro_batches(of_rows, actor, critic, **given):
                     batch.to(run.device)
                     if not warming_up:
                         policy_loss = policy_losses(actor, batch, flags, step, ratios)
@@ -459,7 +468,7 @@ def main(flags: PPOFlags) -> dict:
         step.metrics.put(
             "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
         )
-    return run.finish(models, optimizers, tokenizer, assess, state())
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.splits import Split
+from rlhf.errors import NonFiniteError
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.run import Run, start_experiment
@@ -79,7 +80,11 @@ def pair_losses(
 
 @torch.no_grad()
 def evaluate(run: Run, scorer: torch.nn.Module, split: Split, loss_type: str, limit: int) -> dict[str, Tensor]:
-    """Scores of the validation pairs, gathered from all devices: `loss`, `chosen`, `rejected`, `row`, (N,) each."""
+    """Scores of the validation pairs, gathered from all devices: `loss`, `chosen`, `rejected`, `row`, (N,) each.
+
+    Raises:
+        NonFiniteError: some are not finite; no mean, deviation or report can be made of them.
+    """
     scorer.eval()
     parts: list[Tensor] = [torch.empty(0, 4, device=run.device)]
     for rows in run.batches(len(split), limit):
@@ -89,6 +94,9 @@ def evaluate(run: Run, scorer: torch.nn.Module, split: Split, loss_type: str, li
     scorer.train()
     table = run.gather_rows(torch.cat(parts))
     table = table[table[:, 3].argsort()]
+    if not table.isfinite().all():
+        bad = table[~table.isfinite().all(1), 3].long().tolist()
+        raise NonFiniteError(f"the scores of rows {bad} of {split.path} are not finite")
     return dict(zip(("loss", "chosen", "rejected", "row"), table.double().unbind(1), strict=True))
 
 
@@ -147,6 +155,8 @@ def main(flags: RMFlags) -> dict:
             losses, chosen, rejected = pair_losses(
                 scorer, forest.to(run.device), differ.to(run.device), flags.loss_type
             )
+            step.watch("scores", torch.stack([chosen, rejected], 1))
+            step.watch("losses", losses)
             step.backward(losses.sum() / len(step.global_rows))
             step.metrics.mean("train/loss", losses, step.weight)
             step.metrics.mean("train/accuracy", (chosen > rejected).float(), step.weight)

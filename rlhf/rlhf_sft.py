@@ -101,6 +101,7 @@ def main(flags: SFTFlags) -> dict:
         num_targets = pack(step.global_rows).num_targets
         for forest in step.micro_batches(pack, policy, tokens=lengths):
             token_logps, _ = policy(forest.to(run.device))
+            step.watch("log-probabilities", token_logps, forest)
             loss = nll_loss(token_logps).sum()
             step.backward(loss / max(1, num_targets))
             step.metrics.add("train/loss", loss * step.weight, forest.num_targets * step.weight)

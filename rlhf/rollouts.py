@@ -312,6 +312,8 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         before = (cumulative - sums).gather(-1, block)
         inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
         chosen = block * BLOCK + _place(inside.cumsum(-1, dtype=wide), inside, target - before)
+        # Where logits are NaN so is the log-probability; the id must be one of the vocabulary all the same.
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)
     logps = logits.gather(-1, chosen) - top - total.log()
     return chosen.squeeze(-1), logps.squeeze(-1)
 
@@ -370,6 +372,7 @@ def _generate_in_transformers(
                     output_logits=True,
                     return_dict_in_generate=True,
                     use_cache=True,
+                    remove_invalid_values=True,  # of the draw, which would fail; the logits that come back have them
                     **(options if sampling.do_sample else {}),
                 )
             response = out.sequences[0, prompt.shape[1] :]

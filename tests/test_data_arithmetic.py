@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_files(tmp_path, tokenizers):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"levels": [0, 1]}, "--levels 0 1 must be numbers from 1 to 5"),
+        ({"levels": [0, 1]}, r"--levels=0 must be in \[1, 5\]"),
         ({"levels": [2, 2]}, "each once"),
         ({"levels": []}, "--levels"),
         ({"num_problems": 0}, "--num_problems=0 must be above 0"),

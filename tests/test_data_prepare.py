@@ -29,6 +29,7 @@ from rlhf.data.sources import Chunk, Entry
 from rlhf.data.splits import data_info, load_split
 from rlhf.data.text import encode_pair, encode_prompt, load_tokenizer, tokenizer_fingerprint
 from rlhf.errors import UserError
+from rlhf.files import WriteError
 from rlhf.flags import launch, parse
 from tests.data_makers import all_rows, dialogue_rows, files, prompts_of, run, save_tokenizers, write_rows
 from tests.tiny_tokenizers import EOS
@@ -234,7 +235,7 @@ def test_a_file_without_a_usable_row_is_an_error(tmp_path, tokenizers):
         run(dialogues, tmp_path, tokenizers, rows, max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"none of the 9 rows is left to train on .*9 x prompt over"):
         run(dialogues, tmp_path, tokenizers, dialogue_rows(9), max_prompt_length=3)
-    with pytest.raises(UserError, match="the source holds no rows"):
+    with pytest.raises(UserError, match="holds no rows"):
         run(dialogues, tmp_path, tokenizers, [])
     write_rows(tmp_path / "source" / "train" / "a.jsonl", dialogue_rows(50))
     write_rows(tmp_path / "source" / "train" / "b.jsonl", rows[:2])
@@ -254,7 +255,7 @@ def test_a_run_that_fails_leaves_nothing_behind(tmp_path, tokenizers, monkeypatc
 
     monkeypatch.setattr(prepare, failing, fail)
     for name in ("data", "new"):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(WriteError, match="No space"):
             run(dialogues, tmp_path, tokenizers, dialogue_rows(30), name=name)
     assert {name: (tmp_path / "data" / name).read_bytes() for name in os.listdir(tmp_path / "data")} == before
     assert sorted(os.listdir(tmp_path)) == ["data", "source"]
@@ -313,7 +314,7 @@ def test_wrong_flags_are_named(tmp_path, tokenizers):
     rows = dialogue_rows(5)
     source = write_rows(tmp_path / "source" / "data.jsonl", rows)
     for flags, message in [
-        ({"validation_percentage": 10}, "validation_percentage=10 is a share from 0 to 1"),
+        ({"validation_percentage": 10}, r"--validation_percentage=10 must be in \[0, 1\]"),
         ({"validation_percentage": 0.6, "test_percentage": 0.4}, "leave nothing to train on"),
         ({"max_length": 0}, "--max_length=0 must be above 0"),
         ({"max_length": 100, "max_prompt_length": 100}, "leaves no room for a response"),

@@ -99,14 +99,14 @@ def test_a_csv_index_column_without_a_name_is_no_error(tmp_path):
 
 
 BAD_LINES = [
-    (b"null", "the row is a null, not an object"),
+    (b"null", "the row is null, not an object"),
     (b"[1, 2]", "the row is a list, not an object"),
     (b'"text"', "the row is a text, not an object"),
     (b"17", "the row is a number, not an object"),
     (b'{"rejected": "x"}', "missing key 'chosen'"),
     (b'{"chosen": null}', "'chosen' is null"),
     (b'{"chosen": 5}', "'chosen' is a number, not a text"),
-    (b'{"chosen": {"a": 1}}', "'chosen' is a object, not a text"),
+    (b'{"chosen": {"a": 1}}', "'chosen' is an object, not a text"),
     (b'{"chosen": ""}', "'chosen' is empty"),
     (b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: "}', "the response of 'chosen' is empty"),
     (b'{"chosen": "\\n\\nHuman: a"}', "'chosen' has no Assistant turn"),
@@ -209,7 +209,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no \.json, \.jsonl"):
         open_sources(str(tmp_path), "")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match=r"a\.txt: not one of \.json"):
+    with pytest.raises(UserError, match=r"a\.txt is none of \.json"):
         open_sources(str(tmp_path / "a.txt"), "")
     (tmp_path / "train.jsonl").write_text("1\n")
     (tmp_path / "other.jsonl").write_text("1\n")

@@ -15,7 +15,7 @@ from rlhf import rlhf_grpo, rlhf_online_dpo, rlhf_ppo
 from rlhf.errors import UserError
 from rlhf.experience import Experience
 from rlhf.flags import launch
-from rlhf.guards import Collapse, GuardFlags, Guards, check_guards, health, repetition
+from rlhf.guards import Collapse, GuardFlags, Guards, health, repetition
 from rlhf.models.loading import resolve
 from tests.ppo import World, flags_of, make_world, set_up
 from tests.splits import metrics_of, quick_flags, tokenizer_for
@@ -131,7 +131,7 @@ def test_what_the_guards_remember_is_in_the_checkpoint(world, tmp_path):
             yield step
             if run.step_index == 2 and not state["interrupted"]:
                 state["interrupted"] = True
-                run._request_stop()
+                run._signals.stop = True
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rlhf_ppo.Run, "steps", stopping)
@@ -288,6 +288,6 @@ def test_held_out_scores(tmp_path):
 
 def test_limits_below_0_are_refused():
     with pytest.raises(UserError, match="guard_kl=-1"):
-        check_guards(GuardFlags(guard_kl=-1))
+        GuardFlags(guard_kl=-1)
     with pytest.raises(UserError, match="guard_patience=0"):
-        check_guards(GuardFlags(guard_patience=0))
+        GuardFlags(guard_patience=0)

@@ -321,7 +321,7 @@ def test_every_loss_is_used_in_the_flags_and_has_its_options():
         ({"loss_type": []}, "--loss_type : nothing is none of"),
         ({"loss_type": ["ipo", "ipo"]}, "--loss_type ipo ipo names a loss twice"),
         ({"loss_type": ["ipo", "hinge"], "loss_weights": [1.0]}, "--loss_weights needs one weight for each of"),
-        ({"loss_weights": [0.0]}, "--loss_weights 0.0 must be above 0"),
+        ({"loss_weights": [0.0]}, "--loss_weights=0.0 must be above 0"),
         ({"loss_type": ["sigmoid", "nca_pair"], "f_divergence": "js"}, "not for nca_pair"),
         ({"f_divergence_alpha": 0.2}, "--f_divergence_alpha is the order of --f_divergence=alpha"),
         ({"loss_type": ["aot"], "wpo_weighting": True}, "--wpo_weighting weights a pair"),

@@ -30,7 +30,7 @@ from rlhf.data.prepare_flags import FormatFlags, LimitFlags, OutputFlags, WorkFl
 from rlhf.data.prepare_flags import PrepareFlags as SharedFlags
 from rlhf.data.sources import Source
 from rlhf.errors import UserError
-from rlhf.flags import check_positive, launch
+from rlhf.flags import launch
 
 NUM_LEVELS = 5
 MOST_REPEATS = 1000
@@ -161,9 +161,7 @@ def main(flags: PrepareFlags) -> dict[str, Any]:
     """Prepare one stage; returns its entry in `args.json`."""
     import datasets
 
-    check_positive(flags, "num_problems")
-    wrong = [level for level in flags.levels if not 1 <= level <= NUM_LEVELS]
-    if wrong or not flags.levels or len(set(flags.levels)) < len(flags.levels):
+    if not flags.levels or len(set(flags.levels)) < len(flags.levels):
         raise UserError(
             f"--levels {' '.join(map(str, flags.levels))} must be numbers from 1 to {NUM_LEVELS}, each once"
         )

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,8 @@ from rlhf.data.spool import Selection, Spool, SpooledRows, select
 from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
 from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
-from rlhf.files import write_json
+from rlhf.files import beside, sweep, write_json, writing
+from rlhf.paths import check_writable
 
 _POOL_PAYS_BYTES = 4 << 20
 _EARLY_CHECK_ROWS = 1000
@@ -83,11 +83,11 @@ def prepare(
 
     Raises:
         UserError: a flag, source, tokenizer or row that can't be used; nothing is written then.
+        WriteError: the disk has no room; what was there is as it was.
     """
     check_flags(flags)
     destination = Path(flags.destination_dir).expanduser()
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"--destination_dir {destination} is a file; give a folder")
+    check_writable(destination, "destination_dir")
     data_info(destination)  # an unreadable args.json is better found now than after the work
     tokenizer = load_tokenizer(flags.tokenizer_name, trust_remote_code=flags.trust_remote_code)
     sources = {"train": made} if made else _open_sources(flags, sample)
@@ -96,45 +96,48 @@ def prepare(
     started = time.perf_counter()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        sweep(destination.parent)
+        work = beside(destination.absolute())
+        work.mkdir()
     except OSError as error:
         raise UserError(f"--destination_dir {destination} can't be written ({error.strerror})") from error
     try:
-        tally = _Tally()
-        num_workers = _num_workers(flags, sources)
-        spooled = _encode_sources(flags, encoder, sources, work, tally, num_workers)
-        shares = {"validation": flags.validation_percentage, "test": flags.test_percentage}
-        selections = select(
-            spooled,
-            {name: share for name, share in shares.items() if name not in sources},
-            remove_same_inputs=flags.remove_same_inputs,
-            shuffle=flags.shuffle,
-            seed=flags.seed,
-        )
-        counts = {name: selection.counts() for name, selection in selections.items()}
-        print(counts_table(counts))
-        if not len(selections["train"].index):
-            raise UserError(_nothing_left(flags, counts, tally))
-        out = work / "out"
-        out.mkdir()
-        files = _write_splits(out, flags, selections)
-        files |= _write_extras(out, work, flags, tally, selections)
-        seconds = time.perf_counter() - started
-        kind = tally.kinds.most_common(1)[0][0]
-        entry = {
-            "arguments": arguments or dataclasses.asdict(flags),
-            "tokenizer": {"name": flags.tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
-            "format": format_of(kind, tokenizer, prompt_template),
-            "counts": counts,
-            "bad_rows": tally.num_bad,
-            "boundary": {"checked": tally.boundary[0], "differ": tally.boundary[1]},
-            "lengths": tally.lengths.summary(),
-            "files": files,
-        }
-        info = data_info(destination)
-        info["stages"][flags.stage] = entry
-        write_json(out / "args.json", info)
-        _move_in(out, destination, flags.stage)
+        with writing(destination):
+            tally = _Tally()
+            num_workers = _num_workers(flags, sources)
+            spooled = _encode_sources(flags, encoder, sources, work, tally, num_workers)
+            shares = {"validation": flags.validation_percentage, "test": flags.test_percentage}
+            selections = select(
+                spooled,
+                {name: share for name, share in shares.items() if name not in sources},
+                remove_same_inputs=flags.remove_same_inputs,
+                shuffle=flags.shuffle,
+                seed=flags.seed,
+            )
+            counts = {name: selection.counts() for name, selection in selections.items()}
+            print(counts_table(counts))
+            if not len(selections["train"].index):
+                raise UserError(_nothing_left(flags, counts, tally))
+            out = work / "out"
+            out.mkdir()
+            files = _write_splits(out, flags, selections)
+            files |= _write_extras(out, work, flags, tally, selections)
+            seconds = time.perf_counter() - started
+            kind = tally.kinds.most_common(1)[0][0]
+            entry = {
+                "arguments": arguments or dataclasses.asdict(flags),
+                "tokenizer": {"name": flags.tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
+                "format": format_of(kind, tokenizer, prompt_template),
+                "counts": counts,
+                "bad_rows": tally.num_bad,
+                "boundary": {"checked": tally.boundary[0], "differ": tally.boundary[1]},
+                "lengths": tally.lengths.summary(),
+                "files": files,
+            }
+            info = data_info(destination)
+            info["stages"][flags.stage] = entry
+            write_json(out / "args.json", info)
+            _move_in(out, destination, flags.stage)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     _print_end(destination, tally, seconds, num_workers)
@@ -224,7 +227,8 @@ def _stop_if_bad(flags: PrepareFlags, tally: _Tally) -> None:
     if tally.num_bad > flags.max_bad_fraction * tally.num_read:
         raise UserError(
             f"{tally.num_bad:,} of the first {tally.num_read:,} rows are broken, more than "
-            f"--max_bad_fraction={flags.max_bad_fraction} allows; the first is {_place(tally.first_bad)}"
+            f"--max_bad_fraction={flags.max_bad_fraction} allows; mend them, or raise it; the first is "
+            f"{_place(tally.first_bad)}"
         )
 
 
@@ -234,13 +238,14 @@ def _place(row: dict[str, Any]) -> str:
 
 def _nothing_left(flags: PrepareFlags, counts: dict[str, dict], tally: _Tally) -> str:
     if not tally.num_read:
-        return "the source holds no rows; give one that does"
+        return f"{flags.dataset_path or flags.dataset_name} holds no rows; give data that does"
     reasons: collections.Counter = collections.Counter()
     for split in counts.values():
         reasons.update(split["dropped"])
     why = ", ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(3))
     first = f"; the first broken row is {_place(tally.first_bad)}" if tally.first_bad else ""
-    return f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why}){first}"
+    left = f"none of the {tally.num_read:,} rows is left to train on with --stage={flags.stage} ({why})"
+    return f"{left}; raise the limits, or mend the rows{first}"
 
 
 def _write_splits(out: Path, flags: PrepareFlags, selections: dict[str, Selection]) -> dict[str, dict]:

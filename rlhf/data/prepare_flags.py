@@ -7,11 +7,11 @@ from typing import Literal
 
 from rlhf.data.packed import IGNORE_INDEX
 from rlhf.errors import UserError
-from rlhf.flags import check_positive
+from rlhf.flags import CheckedFlags
 
 
 @dataclass(kw_only=True)
-class OutputFlags:
+class OutputFlags(CheckedFlags):
     """What to write."""
 
     destination_dir: str
@@ -34,7 +34,7 @@ class OutputFlags:
 
 
 @dataclass(kw_only=True)
-class SourceFlags:
+class SourceFlags(CheckedFlags):
     """Where the rows come from."""
 
     dataset_path: str | None = None
@@ -55,7 +55,7 @@ class SourceFlags:
 
 
 @dataclass(kw_only=True)
-class FormatFlags:
+class FormatFlags(CheckedFlags):
     """How plain texts are written."""
 
     prompt_template: str = "{prompt}"
@@ -77,7 +77,7 @@ class FormatFlags:
 
 
 @dataclass(kw_only=True)
-class LimitFlags:
+class LimitFlags(CheckedFlags):
     """How long a row may be."""
 
     max_length: int = 512
@@ -105,7 +105,7 @@ class RowFlags(LimitFlags):
 
 
 @dataclass(kw_only=True)
-class WorkFlags:
+class WorkFlags(CheckedFlags):
     """How the work is done."""
 
     num_workers: int = 0
@@ -121,15 +121,8 @@ class PrepareFlags(OutputFlags, SourceFlags, RowFlags, WorkFlags):
 
 def check_flags(flags: PrepareFlags) -> None:
     """Raise `UserError` for the first flag whose value makes no sense, alone or beside the others."""
-    check_positive(flags, "max_length", "max_prompt_length", "max_response_length", "limit")
-    for name in ("validation_percentage", "test_percentage", "max_bad_fraction"):
-        value = getattr(flags, name)
-        if not 0 <= value <= 1:
-            raise UserError(f"--{name}={value} is a share from 0 to 1; a tenth is 0.1")
     if flags.validation_percentage + flags.test_percentage >= 1:
         raise UserError("--validation_percentage and --test_percentage together leave nothing to train on")
-    if flags.num_workers < 0:
-        raise UserError(f"--num_workers={flags.num_workers} can't be below 0; 0 takes every core")
     if flags.max_prompt_length >= flags.max_length and flags.stage != "prompts":
         raise UserError(
             f"--max_prompt_length={flags.max_prompt_length} leaves no room for a response within "

@@ -78,7 +78,7 @@ def text_of(record: Any, key: str, *, may_be_empty: bool = False) -> str:
     """`record[key]`, which must be a text that says something."""
     if not isinstance(record, Mapping):
         raise UnusableRowError(
-            f"the row is a {_name(record)}, not an object", 'write {"key": "value", ...}, one object a row'
+            f"the row is {_name(record)}, not an object", 'write {"key": "value", ...}, one object a row'
         )
     if key not in record:
         raise UnusableRowError(f"missing key {key!r}", f"add it; the row has {sorted(map(str, record))}")
@@ -90,7 +90,7 @@ def checked_text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
     if value is None:
         raise UnusableRowError(f"{name!r} is null", "give a text")
     if not isinstance(value, str):
-        raise UnusableRowError(f"{name!r} is a {_name(value)}, not a text", "put it in quotes")
+        raise UnusableRowError(f"{name!r} is {_name(value)}, not a text", "put it in quotes")
     if not may_be_empty and not value.strip():
         raise UnusableRowError(f"{name!r} is empty", "give a text, or leave the row out")
     try:
@@ -121,5 +121,12 @@ def first_fit(positions: Sequence[int], make: Callable[[int], str], fits: Callab
 
 
 def _name(value: Any) -> str:
-    names = {dict: "object", str: "text", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    names = {
+        dict: "an object",
+        str: "a text",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from rlhf.allocator import keep_freed_memory
 from rlhf.errors import UserError
@@ -17,6 +19,8 @@ from rlhf.errors import UserError
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others in one operation. One that ended is noticed in seconds (`lifeline`), so this
 is for those that work: the longest rollout, reward or preparation of data on one process while the others wait."""
+MOST_DEVICES = 1024
+"""On one machine; a larger number is a slip of the pen."""
 
 
 def fast_bf16(accelerator: str) -> bool:
@@ -63,6 +67,7 @@ def make_fabric(flags: Any) -> tuple[Fabric, str]:
     strategy = os.environ.pop("LT_STRATEGY", flags.strategy)
     if strategy not in ("auto", "ddp"):
         raise UserError(f"--strategy={strategy} is not supported; use auto or ddp")
+    _check_devices(accelerator, str(devices))
     several = devices not in ("1", "auto") or num_nodes > 1 or (devices == "auto" and torch.cuda.device_count() > 1)
     if several or strategy == "ddp":
         strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=PATIENCE)
@@ -79,5 +84,24 @@ def make_fabric(flags: Any) -> tuple[Fabric, str]:
             precision=precision,
         )
         return fabric, f"{_why_device(fabric, accelerator)}; {_why_precision(precision, asked)}"
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"--accelerator={accelerator} --devices={devices}: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--accelerator={accelerator} --devices={devices} can't be had ({reason}); give --accelerator=cpu, or auto"
+        ) from None
+
+
+def _check_devices(accelerator: str, devices: str) -> None:
+    """Refuse devices that this machine has not, and words that name none."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    has["gpu"] = any(has.values())
+    if not has.get(accelerator, True):
+        raise UserError(f"--accelerator={accelerator}: torch finds none here; give --accelerator=cpu, or auto")
+    count = int(devices) if re.fullmatch("[0-9]{1,6}", devices) else None
+    if devices == "auto" or (count is not None and 0 < count <= MOST_DEVICES):
+        return
+    if torch.cuda.is_available() and accelerator != "cpu" and re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})*,?", devices):
+        return
+    raise UserError(
+        f"--devices={devices} must be auto or a number from 1 to {MOST_DEVICES}, on CUDA also a list such as 0,1"
+    )

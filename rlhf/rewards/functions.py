@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.errors import UserError
+from rlhf.flag_values import shown
 from rlhf.rewards.answers import Answers
 
 Result = TypeVar("Result")
@@ -117,15 +118,17 @@ def load_function(argument: str) -> Callable:
         UserError: it is not of that form, can't be imported, or is no function.
     """
     place, _, name = argument.rpartition(":")
-    if not place or not name:
+    argument = shown(argument)
+    if not place or not name or (place.startswith(".") and not place.endswith(".py")):
         raise UserError(f"function:{argument} does not say which function; write function:FILE.py:NAME")
     try:
         module = _module_of(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     except FileNotFoundError:
-        raise UserError(f"function:{argument}: there is no file {place}; give the path of one") from None
+        raise UserError(f"function:{argument}: there is no file {shown(place)}; give the path of one") from None
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"function:{argument}: {place} can't be imported ({first_line(error)}); mend it, or give a FILE.py:NAME"
+            f"function:{argument}: {shown(place)} can't be imported ({first_line(error)}); mend it, or give a "
+            f"FILE.py:NAME"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -148,5 +151,7 @@ def _module_of(path: Path) -> Any:
 
 def first_line(error: BaseException) -> str:
     """The kind of an exception, and the first line of what it says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.prompts import Prompts
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.flags import RewardFlags
-from rlhf.models.loading import load_scorer, resolve, tokenizer_of
+from rlhf.models.loading import check_kind, load_scorer, resolve, tokenizer_of
 from rlhf.models.policy import Scorer
 from rlhf.rewards.answers import Answers, token_at
 from rlhf.rewards.endpoint import EndpointReward
@@ -105,17 +105,18 @@ class Rewards:
         on all.
 
         Raises:
-            UserError: a reward raised, was late, or gave something else than a finite number for each response; the
-                sentence names the reward and the row.
+            UserError: a reward raised, was late, or gave something else than a number for each response; the sentence
+                names the reward and the row.
+            NonFiniteError: one of these numbers is not finite.
         """
         failure, scores = None, None
         try:
             scores = self._judged(self._answers(prompts, responses, rows, ended))
         except UserError as error:
-            failure = str(error)
+            failure = error
         failures = [found for found in self.gather([failure]) if found is not None]
         if failures:
-            raise UserError(failures[0])
+            raise failures[0]
         return scores
 
     def _answers(self, prompts, responses, rows, ended) -> Answers:
@@ -194,6 +195,7 @@ def load_rewards(
     gather: Callable[[list], list] = _alone,
     batch_size: int = 32,
     loaded: Mapping[str, Scorer] | None = None,
+    judges: Judges | None = None,
 ) -> Rewards:
     """The rewards of `--reward` and `--rm_experiment_dir`.
 
@@ -203,6 +205,7 @@ def load_rewards(
         device: where reward models stand; batch_size: responses that go through one at once.
         gather: `Run.gather`.
         loaded: reward models that are there already, by what `resolve` returned; they stay where they are.
+        judges: what `check_rewards` found, so that no function is imported twice.
 
     Raises:
         UserError: no reward, or one that can't be used.
@@ -210,7 +213,10 @@ def load_rewards(
     parts: list[Part] = []
     names: Counter[str] = Counter()
     for spec in specs_of(flags):
-        name, judge = _judge_of(spec, flags, tokenizer, device, batch_size, loaded or {})
+        if spec.kind == "model":
+            name, judge = spec.kind, _model_of(spec, flags, tokenizer, device, batch_size, loaded or {})
+        else:
+            name, judge = (judges or {}).get(spec) or _judge_of(spec, flags)
         names[name] += 1
         parts.append(Part(name if names[name] == 1 else f"{name}_{names[name]}", spec.weight, judge))
     return Rewards(parts, prompts, tokenizer, gather)
@@ -228,32 +234,60 @@ def reward_model_of(flags: RewardFlags) -> tuple[str, float] | None:
     return None
 
 
-def _judge_of(
+Judges = dict[Spec, tuple[str, Callable[[Answers], Any]]]
+"""For each reward that is no model its name, and what judges."""
+
+
+def check_rewards(flags: Any) -> Judges:
+    """Refuse a reward that can't be used, before any model is loaded; what is found is for `load_rewards`.
+
+    Raises:
+        UserError: no reward; one that can't be read or imported; a model that is not there, or is no reward model.
+    """
+    found: Judges = {}
+    for spec in specs_of(flags):
+        if spec.kind == "model":
+            check_kind(resolve(spec.argument, spec.flag), flags, scorer=True)
+        else:
+            found[spec] = _judge_of(spec, flags)
+    return found
+
+
+def _model_of(
     spec: Spec,
     flags: Any,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str,
     batch_size: int,
     loaded: Mapping[str, Scorer],
-) -> tuple[str, Callable[[Answers], Any]]:
-    """The name of a reward, and what judges."""
+) -> Callable[[Answers], Any]:
+    source = resolve(spec.argument, spec.flag)
+    scorer = loaded.get(source) or load_scorer(source, flags, trainable=False).to(device)
+    return RewardModel(scorer, tokenizer_of(source, flags), tokenizer, batch_size=batch_size).judge
+
+
+def _judge_of(spec: Spec, flags: Any) -> tuple[str, Callable[[Answers], Any]]:
+    """The name of a reward that is no model, and what judges."""
     match spec.kind:
-        case "model":
-            source = resolve(spec.argument, spec.flag)
-            scorer = loaded.get(source) or load_scorer(source, flags, trainable=False).to(device)
-            model = RewardModel(scorer, tokenizer_of(source, flags), tokenizer, batch_size=batch_size)
-            return spec.kind, model.judge
         case "function":
             function = load_function(spec.argument)
             name = spec.argument.rpartition(":")[2]
             return name, FunctionReward(function, f"the reward function {name}", flags.reward_timeout)
         case "http" | "https":
             url = spec.argument if "://" in spec.argument else f"{spec.kind}:{spec.argument}"
-            parsed = urllib.parse.urlsplit(url)
-            if parsed.scheme not in ("http", "https") or not parsed.netloc:
+            if not _is_url(url):
                 raise spec.wrong(f"{url!r} is no URL; write http:http://HOST:PORT/PATH")
             return "http", EndpointReward(url, flags.reward_timeout)
     return spec.kind, rule_of(spec)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parsed = urllib.parse.urlsplit(text)
+        parsed.port  # noqa: B018  # reading it is what checks it
+    except ValueError:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.hostname)
 
 
 def _plain(value: Any) -> Any:
@@ -265,7 +299,8 @@ def _finite(part: Part, value: Any, answers: Answers, i: int) -> float:
     if not isinstance(value, numbers.Real):
         raise UserError(f"the reward {part.name} returned {_named(value)} for {answers.place(i)}; return a number")
     if not abs(value) <= LARGEST:
-        raise UserError(f"the reward {part.name} is {str(value)[:40]} for {answers.place(i)}; return a finite number")
+        what = f"the reward {part.name} is {str(value)[:40]} for {answers.place(i)}"
+        raise NonFiniteError(f"{what}; return a finite number")
     return float(value)
 
 

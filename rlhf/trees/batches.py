@@ -27,14 +27,16 @@ def num_steps(num_rows: int, global_batch: int, epochs: float, max_steps: int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> list[int]:
-    """Prompts of each step's rollout: the last of an epoch is short where they don't divide.
+def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> dict[int, int]:
+    """Number of steps of each size of rollout, in prompts: the last of an epoch is short where they don't divide.
 
     >>> rollout_sizes(10, 4, num_steps=5)
-    [4, 4, 2, 4, 4]
+    {4: 4, 2: 1}
     """
-    windows = math.ceil(num_prompts / global_batch)
-    return [min(global_batch, num_prompts - step % windows * global_batch) for step in range(num_steps)]
+    whole, rest = divmod(num_prompts, global_batch)
+    epochs, steps = divmod(num_steps, whole + (rest > 0))
+    sizes = {global_batch: epochs * whole + min(steps, whole), rest: epochs * (rest > 0)}
+    return {size: number for size, number in sizes.items() if number}
 
 
 def rows_of_step(step: int, num_rows: int, global_batch: int, *, seed: int, shuffle: bool) -> list[int]:
