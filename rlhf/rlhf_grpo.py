@@ -392,6 +392,11 @@ def main(flags: GRPOFlags) -> dict:
             run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
+    def assess_and_save() -> None:
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+
     for step in run.steps(len(prompts)):
         try:
             sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
@@ -401,14 +406,13 @@ def main(flags: GRPOFlags) -> dict:
             advantages, token_kl = advantages_of(rollout, scores, flags)
             check_finite(prompts, experiences, {"advantages": advantages})
         except NonFiniteError as error:
+            assess_and_save()  # before the step is counted, as a resumed run comes to it again
             step.skip(error)
             continue
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
         guards.watch(step, sampled)
-        run.evaluate_if_due(assess)
-        if guards.may_save:
-            run.save_if_due(models, optimizers, tokenizer, states)
+        assess_and_save()
         measure_samples(step, stack(sampled, flags.max_new_tokens))
         all_scores = penalised_scores(sampled, flags.missing_eos_penalty)
         equal = without_spread(all_scores.view(-1, flags.num_samples))

@@ -222,6 +222,11 @@ def main(flags: OnlineDPOFlags) -> dict:
             run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
+    def assess_and_save() -> None:
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+
     warned = False
     for step in run.steps(len(prompts)):
         num = flags.num_samples
@@ -230,15 +235,14 @@ def main(flags: OnlineDPOFlags) -> dict:
                 run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=num
             )
         except NonFiniteError as error:
+            assess_and_save()  # before the step is counted, as a resumed run comes to it again
             step.skip(error)
             continue
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
         guards.watch(step, experiences)
-        run.evaluate_if_due(assess)
-        if guards.may_save:
-            run.save_if_due(models, optimizers, tokenizer, states)
+        assess_and_save()
         if judge is None:
             pairs = pairs_of(experiences, flags)
         else:

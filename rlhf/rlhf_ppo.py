@@ -399,20 +399,24 @@ def main(flags: PPOFlags) -> dict:
             run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
+    def assess_and_save() -> None:
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+
     for step in run.steps(len(prompts)):
         try:
             experiences = collect(
                 run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
             )
         except NonFiniteError as error:
+            assess_and_save()  # before the step is counted, as a resumed run comes to it again
             step.skip(error)
             continue
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
         guards.watch(step, experiences)
-        run.evaluate_if_due(assess)
-        if guards.may_save:
-            run.save_if_due(models, optimizers, tokenizer, states)
+        assess_and_save()
         before = score_moments.state_dict()
         rollout = stack(experiences, flags.max_new_tokens)
         if run.step_index == 0 and (fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value)):

@@ -122,12 +122,14 @@ class Child:
 
     Attributes:
         status: what it exited with, 2 for a UserError; negative: the signal that killed it.
-        output: what it printed; operations: how many it counted, where it lived to say so.
+        output: what all of them printed; operations: how many it counted, where it lived to say so.
+        others: what the other processes of the run exited with.
     """
 
     status: int
     output: str
     operations: int = 0
+    others: tuple[int, ...] = ()
 
 
 class _Counter:
@@ -188,6 +190,7 @@ def in_child(
         seconds: after which it is killed. The other process of a killed one is killed with it.
     """
     log = folder.with_name(f"{folder.name}.log")
+    log.unlink(missing_ok=True)
     environment = _torchrun(processes)
     reading, writing = os.pipe()
     children = []
@@ -204,18 +207,17 @@ def in_child(
     if status < 0:
         for child in children[1:]:
             os.kill(child, signal.SIGKILL)
-    for child in children[1:]:
-        _wait(child, None, timeout)
+    others = tuple(_wait(child, None, timeout) for child in children[1:])
     with os.fdopen(reading) as pipe:
         count = pipe.read()
-    return Child(status, log.read_text(encoding="utf-8", errors="replace"), int(count or 0))
+    return Child(status, log.read_text(encoding="utf-8", errors="replace"), int(count or 0), others)
 
 
 def _work(work: Callable[[], Any], counter: _Counter, log: Path, pipe: int | None) -> None:
     # In the fork: out without any of the parent's clean-up.
     status = 1
     try:
-        with log.open("w" if pipe is not None else "a", encoding="utf-8") as output:
+        with log.open("a", encoding="utf-8") as output:
             for stream in (1, 2):
                 os.dup2(output.fileno(), stream)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115

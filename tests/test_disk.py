@@ -77,6 +77,16 @@ def test_c23_a_disk_that_is_full_for_a_while_stops_no_training(world, whole, tmp
     assert not any("step-00000005" in name for name in found), found
 
 
+def test_c23_all_processes_of_a_run_hear_of_a_full_disk(world, tmp_path):
+    """C23: the first one writes; where it cannot, both say the same sentence and end with status 2."""
+    folder = tmp_path / "run"
+    work = world.run("sft", folder, devices="2", strategy="ddp", logger="none")
+    full = in_child(work, folder, processes=2, moment=60, full=math.inf)
+    assert (full.status, full.others) == (2, (2,)), full.output
+    assert full.output.count("error: ") == 2
+    assert leftovers(folder) == []
+
+
 def limited(world: World, folder: Path, limit: int, **given):
     """A run whose files must not pass `limit` bytes: EFBIG from the system, also for native writers."""
 

@@ -190,11 +190,12 @@ def test_a_damaged_checkpoint_is_read_or_passed_over(lab, tmp_path, name):
     flags = {"model_name": str(lab["model"]), "save_interval": 1, "resume": True}
 
     @given(damages())
-    @settings(FUZZ, max_examples=12)
+    @settings(FUZZ, max_examples=8)
     def check(how) -> None:
         run = tmp_path / "run"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(lab["run"], run, symlinks=True)
+        (run / "summary.json").unlink()  # it has not ended yet
         damage(run / newest / name, whole, how)
         with contextlib.suppress(UserError):
             rlhf_sft.main(quick_flags(rlhf_sft.SFTFlags, str(lab["data"]), run, **flags))

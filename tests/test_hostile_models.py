@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,7 @@ CHECKPOINTS = {
 def test_a_hostile_checkpoint_is_passed_over(lab, spoilt, tmp_path, canary, name):
     """The newest one is named and skipped, and the run goes on from the one before."""
     run = spoilt("run")
+    (run / "summary.json").unlink()  # it has not ended yet
     before, newest = sorted((run / "checkpoints").glob("step-*"))[-2:]
     CHECKPOINTS[name](newest, canary)
     flags = {"max_steps": 3, "max_new_tokens": 4, "save_interval": 1, "learning_rate": 1e-2, "epochs": 99.0}
@@ -249,6 +251,35 @@ def test_a_hostile_checkpoint_is_passed_over(lab, spoilt, tmp_path, canary, name
     assert f"{newest} is broken" in outcome.printed
     assert f"after step {int(before.name[5:])}" in outcome.printed
     assert outcome.grown < MOST_MB
+
+
+def _change(path: Path, change: Callable[[dict], None]) -> None:
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+STATES = {
+    "no groups": lambda state: state.update(param_groups=3),
+    "groups of no dicts": lambda state: state.update(param_groups=[[1]]),
+    "parameters of no list": lambda state: state["param_groups"][0].update(params="0"),
+    "a rate that is a text": lambda state: state["param_groups"][0].update(lr="x"),
+    "moments of no dict": lambda state: state.update(state=[1]),
+    "a moment that is a text": lambda state: state["state"][0].update(exp_avg="x"),
+    "a moment that is NaN": lambda state: state["state"][0]["exp_avg"].fill_(float("nan")),
+    "a moment of another shape": lambda state: state["state"][0].update(exp_avg=torch.zeros(3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_an_optimizer_of_other_types(lab, spoilt, tmp_path, name):
+    """A whole file that torch reads, whose content is none of an optimiser: refused, with the file's name."""
+    run = spoilt("run")
+    (run / "summary.json").unlink()
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    _change(newest / "optimizer.pt", STATES[name])
+    flags = {"max_steps": 3, "max_new_tokens": 4, "save_interval": 1, "learning_rate": 1e-2, "epochs": 99.0}
+    assert_refused(sft(lab, tmp_path, experiment_dir=run, resume=True, **flags), newest / "optimizer.pt")
 
 
 # demos

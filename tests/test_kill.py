@@ -93,6 +93,8 @@ def test_one_of_two_processes_is_asked_to_stop(lab, tmp_path):
     assert in_child(lab.world.run("sft", folder, resume=True, **given), folder, processes=2).status == 0
     found = differences(whole, folder)
     assert all("/step-00000003/" in fault or "/step-00000002/" in fault for fault in found), found
+    again = in_child(lab.world.run("sft", folder, resume=True, **given), folder, processes=2)
+    assert (again.status, again.operations, "nothing left to do" in again.output) == (0, 0, True), again.output
 
 
 def test_c23_a_kill_is_noticed_by_this_test(lab, tmp_path):

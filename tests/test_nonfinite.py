@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -148,10 +149,13 @@ def test_c25_rows_in_which_only_the_gradient_is_not_finite():
 
 
 def test_c25_rows_of_dense_quantities_and_of_whole_micro_batches():
-    """Two numbers a row; (rows, T); a scalar that belongs to all."""
+    """Two numbers a row; packed positions; (rows, T); a scalar that belongs to all."""
     pairs = Sighting("log-probabilities", torch.tensor([0.0, 0.0, INF, 0.0]), [4, 2])
     table = Sighting("losses", torch.tensor([[0.0, NAN], [0.0, 0.0]]), [4, 2])
     assert guilty([pairs]) == [("log-probabilities", [2])]
+    forest = Forest([Tree.of(torch.tensor([1]), torch.tensor([3, 4])) for _ in range(2)])
+    values = Sighting("values", torch.tensor([0.0, 0.0, NAN]), [4, 2], forest, torch.tensor([0, 2, 3]))
+    assert guilty([values]) == [("values", [2])]  # read at the first token of the second tree
     assert guilty([table, Sighting("loss", torch.tensor(NAN), [4, 2])]) == [("losses", [4]), ("loss", [2, 4])]
 
 
@@ -224,6 +228,19 @@ def test_c25_a_rollout_that_is_not_finite_is_named_or_skipped(lab, tmp_path, mon
     assert first["train/skipped_steps"] == second["train/skipped_steps"] == 1
     assert "train/score" not in first
     assert math.isfinite(second["train/score"])
+
+
+@pytest.mark.parametrize("script", ONLINE)
+def test_c25_a_skipped_rollout_does_not_take_its_checkpoint_along(lab, tmp_path, monkeypatch, script):
+    """C4, C25: the checkpoint before the second rollout, which is skipped, is there, and does not count it yet: a run
+    that goes on from it comes to that rollout again, and ends with the same count."""
+    main, flags = settings_of(lab, script, tmp_path, skip_nonfinite_steps=1, max_steps=2, save_interval=1)
+    with monkeypatch.context() as patch:
+        spoil_collected(patch, "log-probabilities", step=1)
+        main(flags)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    assert json.loads((folder / "state.json").read_text())["extra"]["skipped_steps"] == 0
+    assert [line.get("train/skipped_steps") for line in trained_lines(tmp_path)] == [None, 1]
 
 
 def test_c25_targets_that_overflow_leave_no_trace_in_the_running_moments(lab, tmp_path, monkeypatch):
@@ -343,3 +360,19 @@ def test_c25_a_reference_that_is_not_finite_stops_the_run_before_its_first_step(
     main, flags = settings_of(lab, script, tmp_path / "skip", skip_nonfinite_steps=1)
     main(flags)
     assert trained_lines(tmp_path / "skip")[-1]["train/skipped_steps"] == 1
+
+
+@pytest.mark.slow
+def test_c25_two_processes_stop_together_with_one_sentence(lab, tmp_path):
+    """C25: a reward of one row is infinite, and one of the two processes has it: both end with status 2 and name it."""
+    body = "def score(prompts, responses, rows):\n    return [float('inf') if r['row'] == 3 else 0.5 for r in rows]\n"
+    (tmp_path / "score.py").write_text(body, encoding="utf-8")
+    options = {"devices": "2", "strategy": "ddp", "mini_batch_size": 2, "rollout_size": 2, "shuffle": False}
+    options |= {"reward": [f"function:{tmp_path}/score.py:score"]}
+    flags = grpo.flags_of(lab["grpo"], tmp_path / "run", **options)
+    (tmp_path / "flags.json").write_text(json.dumps(dataclasses.asdict(flags)), encoding="utf-8")
+    script = Path(rlhf_grpo.__file__)
+    printed = ppo.on_two_processes(script, f"--args_file={tmp_path / 'flags.json'}", status=2)
+    for text in printed:
+        assert "error: step 0: the reward score is inf for row 3 of" in text
+        assert "Traceback" not in text

@@ -63,7 +63,7 @@ class ChatTemplate:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UnusableRowError(f"{name!r} is no list of messages", "write it as JSON") from None
         if not isinstance(value, list) or not value:
             raise UnusableRowError(f"{name!r} is no list of messages", 'write [{"role": ..., "content": ...}]')

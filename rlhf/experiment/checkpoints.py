@@ -29,7 +29,7 @@ from rlhf.files import WriteError, atomic_dir, atomic_link, free_bytes, remove_d
 from rlhf.models.adapters import adapter_weights
 from rlhf.models.loading import Role, save_model
 from rlhf.models.policy import Scorer
-from rlhf.untrusted import UnreadableFileError, check_inside, read_json, read_pickle, read_tensors, shards
+from rlhf.untrusted import UnreadableFileError, check_finite, check_inside, read_json, read_pickle, read_tensors, shards
 
 BROKEN = (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError, UnreadableFileError)
 """What reading a file raises that was cut, emptied or overwritten."""
@@ -100,7 +100,7 @@ class Checkpoints:
         target = self.folder / f"step-{step:08d}"
         if not (self.folder / "last").is_symlink() or os.readlink(self.folder / "last") != target.name:
             atomic_link(self.folder / "last", target.name)
-        so_far = [folder for folder in self.steps() if folder <= target]
+        so_far = [folder for folder in self.steps() if int(folder.name.removeprefix("step-")) <= step]
         older = so_far[: -self.keep] if self.keep else []
         weights_only = older[-self.keep_weights :] if self.keep_weights else []
         for folder in older:
@@ -168,6 +168,7 @@ class Checkpoints:
                 part_of(state, key, folder / "state.json")
             identity.check(state, folder)
             for name, role in models.items():
+                check_finite(weights[name].items(), f"{folder} ({name})")
                 _load(name, role, weights[name], f"{folder} ({name})")
                 if isinstance(role, Scorer):
                     moments = part_of(state["reward_moments"], name, folder / "state.json")
@@ -307,21 +308,40 @@ def _copy(parameters: Mapping[str, torch.Tensor], weights: Weights) -> None:
 def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any], where: Path) -> None:
     """Refuse the state of an optimiser of other parameters; torch itself compares only how many there are."""
     groups = [group["params"] for group in optimizer.param_groups]
-    saved_groups = [part_of(group, "params", where) for group in part_of(saved, "param_groups", where)]
+    entries, state = part_of(saved, "param_groups", where), part_of(saved, "state", where)
+    lists = isinstance(entries, list) and all(isinstance(part_of(entry, "params", where), list) for entry in entries)
+    if not lists or not isinstance(state, dict) or not all(isinstance(values, dict) for values in state.values()):
+        raise UserError(f"{where} is the state of no optimiser; resume from another checkpoint, or start another run")
+    saved_groups = [entry["params"] for entry in entries]
     sizes, saved_sizes = [len(group) for group in groups], [len(group) for group in saved_groups]
     if sizes != saved_sizes:
         raise UserError(
             f"{where} is the state of an optimiser of {saved_sizes} parameters, and this run's has {sizes}; resume "
             f"with its own flags"
         )
-    state = part_of(saved, "state", where)
+    for entry, group in zip(entries, optimizer.param_groups, strict=True):
+        for name, value in entry.items():
+            if name in group and not _of_one_kind(value, group[name]):
+                raise UserError(f"{where} has {value!r} for {name}; resume from another checkpoint")
     for place, (parameter, index) in enumerate(zip(chain(*groups), chain(*saved_groups), strict=True)):
-        for name, value in state.get(index, {}).items():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+        moments = state.get(index, {}) if isinstance(index, int) else {}
+        check_finite(((str(name), value) for name, value in moments.items() if torch.is_tensor(value)), str(where))
+        for name, value in moments.items():
+            if not torch.is_tensor(value):
+                raise UserError(
+                    f"{where} has {value!r} for {name} of parameter {place}; resume from another checkpoint"
+                )
+            if value.ndim and value.shape != parameter.shape:
                 raise UserError(
                     f"{where} has {name} of parameter {place} in the shape {tuple(value.shape)}, and that of this run "
                     f"is {tuple(parameter.shape)}; resume with its own flags"
                 )
+
+
+def _of_one_kind(value: Any, other: Any) -> bool:
+    """Whether both are numbers, or of one type."""
+    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (value, other))
+    return numbers or type(value) is type(other)
 
 
 def _state(folder: Path) -> dict[str, Any]:

@@ -282,16 +282,16 @@ class Run:
             began = time.perf_counter()
             self._evaluate(assess)
             self._step.began += time.perf_counter() - began
+        self._seed_step()  # what follows depends neither on the evaluation nor on whether a resumed run repeats it
 
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
-        self._seed_step()  # so that neither depends on the other, or on which of them a resumed run comes to first
+        self._seed_step()
         try:
             self._values = assess()
         except NonFiniteError as error:
             self.say(f"warning: no evaluation after step {self.step_index}: {error}")
             self._values = {}
-        self._seed_step()
         if wrong := [name for name, value in self._values.items() if not math.isfinite(value)]:
             self.say(f"warning: {', '.join(wrong)} of the evaluation after step {self.step_index} are not finite")
         self._evaluated_at = self.step_index
@@ -479,6 +479,7 @@ class Run:
             WriteError: the disk has no room for `final/`, or for the checkpoint of a run that was asked to stop.
         """
         if self.ended:
+            self._let_go()
             return summary_in(self.folder)
         with self._signals.listening():
             if self.interrupted or self.flags.save_interval > 0 or self._save_asked:
@@ -498,7 +499,11 @@ class Run:
             fault = self._on_first(write)
             if fault is not None:
                 raise WriteError(self._go_on(fault))
+        self._let_go()
+        return summary
+
+    def _let_go(self) -> None:
+        """Wait for the other processes; from here on each may end on its own."""
         self.fabric.barrier()
         if self._lifeline is not None:
             self._lifeline.close()
-        return summary
