@@ -126,6 +126,9 @@ class RunFlags(CheckedFlags):
     """Optimiser steps between evaluations; 0: only at the end."""
     eval_iters: int = 100
     """Mini-batches of the validation split in one evaluation; 0: all of it."""
+    memory_check: Literal["auto", "estimate", "trial", "none"] = "auto"
+    """Before the first step: estimate the memory that the run takes at its peak, about as long as one micro-batch; on
+    CUDA (auto), or anywhere (trial), also try the largest micro-batch, forward and backward."""
     log_interval: int = 1
     """Optimiser steps between lines of metrics.jsonl and of the logger."""
     logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from rlhf.data.splits import Split
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.reference import MovingReference, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
@@ -46,6 +47,7 @@ from rlhf.flags import (
     RunFlags,
     launch,
 )
+from rlhf.masked import widest
 from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.monitoring import measure_pairs, watch_pairs
 from rlhf.pairwise import (
@@ -120,7 +122,7 @@ def partners_of(run: Run, flags: DPOFlags, batches: list[PairLogps], *, counts: 
     Args:
         counts: False on a device whose batch only keeps the others company.
     """
-    tables = [sides(flags, pairs).double() for pairs in batches]
+    tables = [sides(flags, pairs).to(widest(run.device)) for pairs in batches]
     mine = torch.cat(tables if counts else [tables[0][:0]])
     owner = torch.full_like(mine[:, :1], run.rank)
     table = run.gather_rows(torch.cat([owner, mine], 1))
@@ -207,6 +209,17 @@ def main(flags: DPOFlags) -> dict:
     if flags.ref_update_interval:
         models["reference"] = reference
     run.restore(models, optimizers)
+    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
+    tokens = pair_tokens(train.prompt_lens, *columns)
+
+    def pack(rows: list[int]) -> tuple[Forest, list[int]]:
+        return pack_pairs(flags, train, rows), rows
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        pairs = pair_logps(flags, policy.module, reference, pack(rows)[0].to(run.device), rows)
+        return pair_losses(flags, pairs).sum()
+
+    check_memory(run, [Pass(policy.module, trial_loss)], optimizers, tokens)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -224,11 +237,6 @@ def main(flags: DPOFlags) -> dict:
             run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
         return values
 
-    def pack(rows: list[int]) -> tuple[Forest, list[int]]:
-        return pack_pairs(flags, train, rows), rows
-
-    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
-    tokens = pair_tokens(train.prompt_lens, *columns)
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)

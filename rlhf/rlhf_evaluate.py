@@ -82,7 +82,7 @@ def perplexity(policy: Policy, split, rows: range, size: int, device) -> float:
     total, count = 0.0, 0
     for batch in cut(rows, micro_batch_size=size):
         forest = Forest([finetune_tree(split[i]) for i in batch]).to(device)
-        total += policy(forest)[0].double().sum().item()
+        total += policy(forest)[0].cpu().double().sum().item()
         count += forest.num_targets
     return math.exp(-total / max(1, count))
 
@@ -150,9 +150,10 @@ def main(flags: EvaluateFlags) -> dict:
     rm = resolve(flags.rm_experiment_dir, "rm_experiment_dir") if flags.rm_experiment_dir else None
     if rm:
         check_kind(rm, flags, scorer=True)
-    fabric = make_fabric(flags)
+    fabric, why = make_fabric(flags)
     if fabric.world_size > 1:
         raise UserError("rlhf_evaluate runs on one device; set --devices=1")
+    print(f"rlhf_evaluate: {why}", flush=True)
     device = fabric.device
     tokenizer = tokenizer_of(sources[baseline_name], flags)
     prompts = load_prompts(flags.data_dir, flags.split, tokenizer)

@@ -50,6 +50,7 @@ from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, check_finite, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
@@ -370,6 +371,15 @@ def main(flags: GRPOFlags) -> dict:
     guards = Guards(run, flags)
     states = {"guards": guards}
     run.restore(models, optimizers, states)
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        forest = trial_forest(run, prompts, rows, flags.num_samples, flags.max_new_tokens)
+        token_logps, entropies = roles.actor(forest, temperature=flags.temperature, entropy=True)
+        return (token_logps + entropies).sum()
+
+    tokens = prompts.split.prompt_lens + flags.num_samples * flags.max_new_tokens
+    sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size * flags.num_samples)
+    check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, tokens, rollout=sampling)
     run.open()
 
     def assess() -> dict[str, float]:

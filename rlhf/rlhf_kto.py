@@ -44,6 +44,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.reference import ReferenceLogps, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
@@ -300,6 +301,16 @@ def main(flags: KTOFlags) -> dict:
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
     states = {"rewards_so_far": rewards_so_far}
     run.restore(models, optimizers, states)
+    all_labels, tokens = train.labels, train.lengths("input_ids")
+    response_lens = tokens - train.prompt_lens
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        longest, next_longest = response_lens.topk(2).indices.tolist() if flags.loss_type == "kto" else (0, 0)
+        partner = {i: next_longest if i == longest else longest for i in rows}
+        batch = pack(train, partner if flags.loss_type == "kto" else {}, rows)
+        return logps_of(run, policy.module, batch)[0].sum()
+
+    check_memory(run, [Pass(policy.module, trial_loss)], optimizers, tokens)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -323,8 +334,6 @@ def main(flags: KTOFlags) -> dict:
         forest = forest_of(train, pairs).to(run.device)
         return forest.per_branch(policy(forest)[0]) - train_reference.sums(pairs)
 
-    all_labels, tokens = train.labels, train.lengths("input_ids")
-    response_lens = tokens - train.prompt_lens
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer, states)

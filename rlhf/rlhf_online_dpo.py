@@ -32,6 +32,7 @@ from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.reference import MovingReference
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
@@ -201,6 +202,14 @@ def main(flags: OnlineDPOFlags) -> dict:
     guards = Guards(run, flags)
     states = {"guards": guards}
     run.restore(models, optimizers, states)
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        forest = trial_forest(run, prompts, rows, 2, flags.max_new_tokens)
+        return roles.actor(forest, temperature=flags.temperature)[0].sum()
+
+    most = prompts.split.prompt_lens + 2 * flags.max_new_tokens
+    sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size * flags.num_samples)
+    check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, most, rollout=sampling)
     run.open()
 
     def assess() -> dict[str, float]:

@@ -39,6 +39,7 @@ from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, Targets, check_finite, collect, stack, value_index
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
@@ -370,6 +371,22 @@ def main(flags: PPOFlags) -> dict:
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
     states = {"kl": kl, "score_moments": score_moments, "guards": guards}
     run.restore(models, optimizers, states)
+
+    def trial(rows: list[int]) -> Forest:
+        return trial_forest(run, prompts, rows, 1, flags.max_new_tokens)
+
+    def actor_loss(rows: list[int]) -> Tensor:
+        token_logps, entropies = roles.actor(trial(rows), temperature=flags.temperature, entropy=True)
+        return (token_logps + entropies).sum()
+
+    def critic_loss(rows: list[int]) -> Tensor:
+        forest = trial(rows)
+        ends = torch.ones(len(rows), dtype=torch.bool, device=run.device)
+        return roles.critic(forest, value_index(forest, ends)).sum()
+
+    passes = [Pass(roles.actor, actor_loss), Pass(roles.critic, critic_loss)]
+    sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size)
+    check_memory(run, passes, optimizers, prompts.split.prompt_lens + flags.max_new_tokens, rollout=sampling)
     run.open()
 
     def assess() -> dict[str, float]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from rlhf.data.splits import Split
 from rlhf.errors import NonFiniteError
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.files import write_json
 from rlhf.flags import BatchFlags, DataFlags, DeviceFlags, ModelFlags, OptimizerFlags, RunFlags, launch
@@ -111,6 +112,14 @@ def main(flags: RMFlags) -> dict:
     run.plan(len(train), what="pairs")
     models, optimizers = {"model": scorer.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)
+    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
+    tokens = pair_tokens(train.prompt_lens, *columns)
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        forest, differ = pack(train, rows)
+        return pair_losses(scorer.module, forest.to(run.device), differ.to(run.device), flags.loss_type)[0].sum()
+
+    check_memory(run, [Pass(scorer.module, trial_loss)], optimizers, tokens)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -139,8 +148,6 @@ def main(flags: RMFlags) -> dict:
         run.save_best(scorer.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
         return values
 
-    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
-    tokens = pair_tokens(train.prompt_lens, *columns)
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)

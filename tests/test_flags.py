@@ -33,7 +33,8 @@ SHARED = _names(
     """
     accelerator args_file data_dir devices disable_dropout epochs eval_interval eval_iters experiment_dir
     finetune_mode gradient_checkpointing gradient_clip_val keep_checkpoints keep_weights learning_rate log_interval
-    logger lora_alpha lora_dropout lora_rank lora_targets lr_schedule lr_warmup_steps max_steps micro_batch_size
+    logger lora_alpha lora_dropout lora_rank lora_targets lr_schedule lr_warmup_steps max_steps memory_check
+    micro_batch_size
     micro_batch_tokens mini_batch_size model_name num_nodes num_workers optimizer optimizer_beta1 optimizer_beta2
     optimizer_eps precision resume save_interval seed shuffle skip_nonfinite_steps strategy trust_remote_code
     weight_decay

@@ -26,6 +26,7 @@ LAYERS = {
     "rlhf/advantages.py": 0,
     "rlhf/group_advantages.py": 0,
     "rlhf/allocator.py": 0,
+    "rlhf/memory.py": 0,
     "rlhf/schedules.py": 0,
     "rlhf/reports.py": 0,
     "rlhf/untrusted.py": 1,

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = {
     "keep_weights",
     "log_interval",
     "logger",
+    "memory_check",
     "micro_batch_size",
     "micro_batch_tokens",
     "num_nodes",

@@ -6,10 +6,12 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from rlhf.masked import widest
+
 
 def _wide(x: Tensor | float) -> Tensor | float:
     """Float64, in which a step may have any number of tokens, and without a graph; Apple's devices have float32."""
-    return x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64) if isinstance(x, Tensor) else x
+    return x.detach().to(widest(x.device)) if isinstance(x, Tensor) else x
 
 
 class Metrics:

@@ -35,7 +35,7 @@ from rlhf.files import WriteError, sweep, write_json
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import Role
 from rlhf.paths import check_writable
-from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
+from rlhf.trees.batches import cut, largest_micro_batch, num_steps, rows_of_rank, rows_of_step
 
 
 def start_experiment(flags: Any, script: str) -> Run:
@@ -56,13 +56,15 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
     check_writable(folder, "experiment_dir")
     check_logger(flags.logger)
-    fabric = make_fabric(flags)
+    fabric, why = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()
     lifeline = hold(fabric.global_rank, fabric.world_size, fabric.broadcast)
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
-    return Run(fabric, flags, script, folder, lifeline)
+    run = Run(fabric, flags, script, folder, lifeline)
+    run.say(f"{script}: {why}")
+    return run
 
 
 def claimed(folder: Path) -> Path:
@@ -398,6 +400,23 @@ class Run:
         flags = self.flags
         window = self.total_steps * self.global_batch
         return sorted(rows_of_step(0, num_rows, window, seed=flags.seed, shuffle=flags.shuffle))
+
+    def largest_micro_batch(self, tokens: Tensor) -> list[int]:
+        """The rows of the micro-batch, of all steps and devices, with the most distinct tokens ((num_rows,) `tokens`).
+
+        In RL that of the prompts, were a rollout trained on in the order in which it was sampled.
+        """
+        flags = self.flags
+        return largest_micro_batch(
+            tokens,
+            total_steps=self.total_steps,
+            mini_batch=self.global_batch // self.world_size,
+            world_size=self.world_size,
+            micro_batch_size=min(flags.micro_batch_size, flags.mini_batch_size),
+            micro_batch_tokens=flags.micro_batch_tokens,
+            seed=flags.seed,
+            shuffle=flags.shuffle,
+        )
 
     def rows_to_evaluate(self, num_rows: int, limit: int) -> range:
         """The rows of the first `limit` validation mini-batches (0: all), over all devices, in file order."""
