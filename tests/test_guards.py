@@ -91,7 +91,7 @@ def test_c9_a_hacked_reward_warns_then_ends_the_run(world, tmp_path, capsys):
 def test_a_run_without_a_reference_is_guarded_too(world, tmp_path):
     """GRPO without a KL: the same hack is found by what the responses look like."""
     flags = quick_flags(
-        rlhf_grpo.GRPOFlags, world.data, tmp_path / "run", sft_experiment_dir=world.sft, reward=hack_of(world),
+        rlhf_grpo.GRPOFlags, world.data, tmp_path / "run", sft_experiment_dir=world.sft, reward=hack_of(world), on_collapse="stop",
         num_samples=8, rollout_size=4, max_new_tokens=16, max_steps=UPDATES, learning_rate=1e-2, guard_patience=2,
     )  # fmt: skip
     with pytest.raises(Collapse, match=r"repeats what stands in it|end by themselves|empty"):
@@ -152,7 +152,7 @@ def test_online_dpo_is_guarded(world, tmp_path):
     """The guards stand in its loop too: a limit below what any rollout has ends it at once."""
     flags = quick_flags(
         rlhf_online_dpo.OnlineDPOFlags, world.data, tmp_path / "run", sft_experiment_dir=world.sft,
-        reward=hack_of(world), rollout_size=4, max_new_tokens=8, max_steps=9, guard_length=0.5, guard_patience=2,
+        reward=hack_of(world), rollout_size=4, max_new_tokens=8, max_steps=9, guard_length=0.5, guard_patience=2, on_collapse="stop",
     )  # fmt: skip
     with pytest.raises(Collapse, match=r"stopped after step 1: responses have \d+ tokens, \d+ at the start"):
         rlhf_online_dpo.main(flags)
