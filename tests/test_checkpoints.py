@@ -18,7 +18,6 @@ from rlhf.experiment.optimizers import make_optimizer
 from rlhf.files import WriteError
 from rlhf.models.loading import load_policy, load_scorer
 from rlhf.rlhf_dpo import DPOFlags
-from rlhf.rlhf_grpo import GRPOFlags
 from rlhf.rlhf_ppo import PPOFlags
 from rlhf.rlhf_rm import RMFlags
 from rlhf.rlhf_sft import SFTFlags
