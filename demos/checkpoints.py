@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from rlhf.data.splits import data_info
 from rlhf.errors import UserError
 from rlhf.models.adapters import adapter_base, adapter_has_head
 from rlhf.models.loading import resolve
+from rlhf.untrusted import read_json
 
 FLAG = "experiment_dir"
 
@@ -59,10 +59,12 @@ def recorded_format(folder: str | Path) -> Mapping[str, Any] | None:
     """
     info = _read_json(Path(folder) / "data.json")
     data_dir = _read_json(Path(folder) / "args.json").get("data_dir")
-    if not info.get("stages") and data_dir:
+    if not info.get("stages") and isinstance(data_dir, str):
         info = data_info(data_dir)
-    entries = info.get("stages", {}).values()
-    return next((entry["format"] for entry in entries if entry.get("format")), None)
+    stages = info.get("stages")
+    entries = stages.values() if isinstance(stages, dict) else ()
+    formats = [entry.get("format") for entry in entries if isinstance(entry, dict)]
+    return next((format for format in formats if format and isinstance(format, dict)), None)
 
 
 def _own(source: str, name: str) -> list[Checkpoint]:
@@ -90,14 +92,19 @@ def _folders(experiment: Path) -> Iterator[tuple[str, Path]]:
 
 def _best_label(folder: Path) -> str:
     record = _read_json(folder / "best.json")
-    return f"best (step {record['step']}, {record['metric']} {record['value']:.3g})" if record else "best"
+    try:
+        return f"best (step {record['step']:d}, {record['metric']} {record['value']:.3g})" if record else "best"
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / 'best.json'} lacks step, metric or value; restore it, or remove {folder}") from None
 
 
-def _starts(experiment: Path, name: str, format: Mapping[str, Any] | None) -> Iterator[Checkpoint]:
-    """What an experiment started from, and what that started from."""
+def _starts(
+    experiment: Path, name: str, format: Mapping[str, Any] | None, seen: tuple[Path, ...] = ()
+) -> Iterator[Checkpoint]:
+    """What an experiment started from, and what that started from; `seen`: where this path has come through."""
     args = _read_json(experiment / "args.json")
     start = args.get("sft_experiment_dir") or args.get("model_name")
-    if not start:
+    if not isinstance(start, str) or not start or "\0" in start or experiment.resolve() in seen:
         return
     path = _found(start, experiment)
     try:
@@ -107,7 +114,7 @@ def _starts(experiment: Path, name: str, format: Mapping[str, Any] | None) -> It
         return
     if path is not None and _is_experiment(path):
         yield Checkpoint(f"{path.name} · final, the start of {name}", folder, format)
-        yield from _starts(path, path.name, format)
+        yield from _starts(path, path.name, format, (*seen, experiment.resolve()))
     else:
         yield Checkpoint(f"{path.name if path else start} · pretrained, the start of {name}", folder, format)
 
@@ -126,7 +133,7 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_reward_model(folder: str, source: str) -> None:
-    architectures = " ".join(_read_json(Path(folder) / "config.json").get("architectures") or [])
+    architectures = str(_read_json(Path(folder) / "config.json").get("architectures"))
     is_adapter = adapter_base(folder) is not None
     if "SequenceClassification" in architectures or (is_adapter and adapter_has_head(folder)):
         raise UserError(
@@ -150,11 +157,6 @@ def _identity(source: str) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        return read_json(path, "restore it, or give another experiment", constants=True)
+    except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); restore it, or give another experiment") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; restore it, or give another experiment")
-    return content

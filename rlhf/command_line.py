@@ -1,7 +1,7 @@
 """The command line of every script: simple-parsing and an args file, with every complaint one sentence.
 
 `launch(main, DPOFlags)` is the whole of a script's command line: it parses, runs `main(flags)`, and turns a `UserError`
-into one line and exit status 2.
+into one line and its exit status, 2 as a rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from simple_parsing import ArgumentParser, DashVariant
 
-from rlhf.errors import UserError
+from rlhf.errors import LAST_WORDS, UserError
 from rlhf.flag_values import check_kinds, check_texts, closest, item_kind, shown, wanted
 from rlhf.paths import check_path
 
@@ -72,12 +72,20 @@ def parse(flags_class: type[Flags], argv: Sequence[str] | None = None) -> Flags:
 
 
 def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
-    """Run a script: parse its flags, call `main`, and end with status 2 and one sentence on a user's mistake."""
+    """Run a script: parse its flags, call `main`, and end with one sentence and its status on a `UserError`.
+
+    Ctrl-C, where the script doesn't listen to it itself, ends with status 130 and a word in the place of a traceback.
+    """
     try:
         main(parse(flags_class))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        for tell in LAST_WORDS:
+            tell(str(error))
+        sys.exit(error.status)
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop}" if stop.args else "stopped", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def _description(flags_class: type) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.prompts import example_prompt
 from rlhf.experiment.run import Run
 from rlhf.models.forward import unwrapped
 from rlhf.models.policy import Policy
@@ -34,12 +32,6 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, policy: Policy) -> tuple[int, .
     listed = getattr(settings, "eos_token_id", None)
     listed = [listed] if isinstance(listed, int) else list(listed or [])
     return tuple(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
-
-
-def example_prompt(data_dir: str) -> Tensor | None:
-    """Token ids of the prompt that `prepare_data.py` put beside the data; None where there is none."""
-    path = Path(data_dir) / "example_prompt.pt"
-    return torch.load(path, weights_only=True)["input_ids"].reshape(-1) if path.is_file() else None
 
 
 def log_sample(run: Run, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:

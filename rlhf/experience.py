@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.advantages import score_missing_eos
 from rlhf.data.prompts import Prompts
+from rlhf.errors import NonFiniteError
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.run import Run
 from rlhf.models.roles import Roles
@@ -34,6 +35,7 @@ class Experience:
         ended: whether it holds a stop token.
         parts: the rewards that the score adds up, by name, before their weights.
         process_rewards: (T,) what tokens earn of the score themselves, or None.
+        row: of the prompt in its split.
     """
 
     position: int
@@ -46,6 +48,7 @@ class Experience:
     ended: bool
     parts: dict[str, float] = field(default_factory=dict)
     process_rewards: Tensor | None = None
+    row: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -158,6 +161,9 @@ def collect(
         num_samples: responses to each prompt; they share its tokens in every pass.
         first: prompts that were sampled earlier in the step, whose positions are taken.
         stop_at_eos: False samples a fixed length and cuts after the first EOS; the same numbers.
+
+    Raises:
+        NonFiniteError: a log-probability, value or reward that is not finite, on whatever device; it names the rows.
     """
     places = list(range(run.rank, len(rows), run.world_size))
     mine = [(first + place) * num_samples + j for place in places for j in range(num_samples)]
@@ -191,9 +197,38 @@ def collect(
                         ended=ended[k],
                         parts={name: float(part[k]) for name, part in scores.parts.items()},
                         process_rewards=None if scores.token is None else scores.token[k],
+                        row=rows[places[asked[k]]],
                     )
                 )
-    return sorted(run.gather(found), key=lambda e: e.position)
+    experiences = sorted(run.gather(found), key=lambda e: e.position)
+    check_finite(prompts, experiences, _numbers_of(experiences))
+    return experiences
+
+
+def _numbers_of(experiences: list[Experience]) -> dict[str, list[Tensor]]:
+    """What was measured of each experience, by its name in messages, in the order in which it came to be."""
+    found = {
+        "log-probabilities": [e.old_logps for e in experiences],
+        "rewards": [torch.tensor(e.score) for e in experiences],
+        "rewards of tokens": [e.process_rewards for e in experiences],
+        "reference log-probabilities": [e.ref_logps for e in experiences],
+        "values": [e.values for e in experiences],
+    }
+    return {what: tensors for what, tensors in found.items() if all(x is not None for x in tensors)}
+
+
+def check_finite(
+    prompts: Prompts, experiences: Sequence[Experience], numbers: Mapping[str, Sequence[Tensor] | Tensor]
+) -> None:
+    """See that numbers of a rollout, on the CPU, are finite: one tensor of each experience, or N rows.
+
+    Raises:
+        NonFiniteError: names the first quantity that is not, and the rows of the prompts.
+    """
+    for what, tensors in numbers.items():
+        if not torch.cat([x.reshape(-1) for x in tensors] or [torch.zeros(0)]).isfinite().all():
+            rows = sorted({e.row for e, x in zip(experiences, tensors, strict=True) if not x.isfinite().all()})
+            raise NonFiniteError(f"the {what} of responses to rows {rows} of {prompts.split.path} are not finite")
 
 
 def judged(

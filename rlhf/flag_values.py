@@ -60,6 +60,7 @@ RANGES = {
         ppo_epochs rollout_epochs num_samples log_interval num_nodes lora_rank lora_alpha optimizer_eps beta
         temperature eval_temperature max_new_tokens target_kl_coeff kl_horizon reward_clip_value ref_update_interval
         loss_weights num_seeds keep_loaded num_problems limit max_length max_prompt_length max_response_length
+        guard_patience
         """,
         ABOVE_0,
     ),
@@ -70,7 +71,7 @@ RANGES = {
         desirable_weight undesirable_weight max_chosen_drop critic_warmup_steps init_kl_coeff kl_coef clip_coeff
         value_clip_coeff vf_coeff entropy_coef ptx_coef advantage_clip_value max_ratio target_update_kl clip_low
         clip_high max_resamples missing_eos_penalty cpo_alpha simpo_gamma orpo_lambda sft_coef num_prompts num_rows
-        num_shown
+        num_shown keep_weights guard_kl guard_eos guard_empty guard_length guard_repetition guard_score
         """,
         NOT_BELOW_0,
     ),

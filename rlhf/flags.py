@@ -104,7 +104,8 @@ class OptimizerFlags(CheckedFlags):
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the rate falls after the warm-up: not at all, or to 0 along a line or a cosine."""
     skip_nonfinite_steps: int = 0
-    """Steps with a non-finite loss or gradient norm that are skipped before the run stops."""
+    """Updates and rollouts with a loss, gradient, log-probability, value, reward or advantage that is not finite, which
+    are skipped, as if they had not been, before the run stops."""
 
 
 @dataclass(kw_only=True)
@@ -116,13 +117,18 @@ class RunFlags(CheckedFlags):
     resume: bool = False
     """Go on from the last whole checkpoint in --experiment_dir, to the weights of the run that never stopped."""
     save_interval: int = 1000
-    """Optimiser steps between checkpoints; 0: none but the final model."""
+    """Optimiser steps between checkpoints; one more comes after the last step. 0: none but the final model."""
     keep_checkpoints: int = 2
     """Latest checkpoints kept (the best one is kept besides); 0 keeps all."""
+    keep_weights: int = 0
+    """Checkpoints before those of which the weights alone (their model/) are kept."""
     eval_interval: int = 100
     """Optimiser steps between evaluations; 0: only at the end."""
     eval_iters: int = 100
     """Mini-batches of the validation split in one evaluation; 0: all of it."""
+    memory_check: Literal["auto", "estimate", "trial", "none"] = "auto"
+    """Before the first step: estimate the memory that the run takes at its peak, about as long as one micro-batch; on
+    CUDA (auto), or anywhere (trial), also try the largest micro-batch, forward and backward."""
     log_interval: int = 1
     """Optimiser steps between lines of metrics.jsonl and of the logger."""
     logger: Literal["tensorboard", "csv", "wandb", "none"] = "tensorboard"

@@ -84,8 +84,13 @@ def masked_whiten(
     return _real(whitened, mask)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating type of a device: float64, but float32 on Apple's mps, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the real positions: a float64 tensor (3,) that adds up over shards.
+    """Count, sum and sum of squares of the real positions: a (3,) tensor, float64 (`widest`), that adds up over shards.
 
     Summed over micro-batches or devices, it gives `mean_var_from` the moments of all of them together.
     Float64 keeps the variance of float32 values good to about 1e-14 (mean / deviation)^2. No gradient flows.
@@ -93,8 +98,8 @@ def moments(x: Tensor, mask: Tensor) -> Tensor:
     >>> moments(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
     tensor([ 2.,  4., 10.], dtype=torch.float64)
     """
-    real = _real(x.detach(), mask).double()
-    count = mask.expand_as(x).sum().double()
+    real = _real(x.detach(), mask).to(widest(x.device))
+    count = mask.expand_as(x).sum().to(real.dtype)
     return torch.stack([count, real.sum(), real.square().sum()])
 
 

@@ -19,10 +19,15 @@ from rlhf.losses.policy_gradient import explained_variance
 from rlhf.masked import masked_mean
 from rlhf.models.roles import Roles
 from rlhf.pairwise import PairLogps, PairLossFlags, chosen_nll, pair_rewards, path_nll
+from rlhf.reports import interval_of
 from rlhf.rewards.mix import Rewards
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import halves
+
+LOGGED_SAMPLES = 64
+"""Answers of one evaluation that go to samples.jsonl, the first ones, so always to the same prompts: at the default
+`--eval_interval` a run of 100,000 steps then writes some tens of megabytes."""
 
 
 def measure_samples(step: Step, rollout: Rollout) -> None:
@@ -33,7 +38,7 @@ def measure_samples(step: Step, rollout: Rollout) -> None:
         "train/score_std": rollout.scores.std(correction=0).item(),
         "train/response_length": mask.sum(1).double().mean().item(),
         "train/eos_rate": rollout.ended.double().mean().item(),
-        "train/perplexity": math.exp(-masked_mean(old_logps, mask).item()),
+        "train/perplexity": math.exp(min(700.0, -masked_mean(old_logps, mask).item())),
     }
     if ref_logps is not None:
         values |= {
@@ -73,6 +78,13 @@ def measure_rollout(step: Step, rollout: Rollout, scores: Tensor, targets: Targe
     for name, value in values.items():
         step.metrics.put(name, value)
     return response_kl(rollout)
+
+
+def watch_pairs(step: Step, pairs: PairLogps, losses: Tensor) -> None:
+    """What to name, with its rows, of a micro-batch of pairs if its update is not finite."""
+    step.watch("log-probabilities", pairs.policy)
+    step.watch("reference log-probabilities", pairs.reference)
+    step.watch("losses", losses)
 
 
 def measure_pairs(metrics: Metrics, prefix: str, flags: PairLossFlags, pairs: PairLogps, weight: float = 1.0) -> None:
@@ -169,12 +181,18 @@ def log_ratio_per_response(
 def evaluate_sampling(
     run: Run, flags: Any, roles: Roles, rewards: Rewards, prompts: Prompts
 ) -> tuple[dict[str, float], list[dict]]:
-    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them."""
+    """Near-greedy answers to held-out prompts: scores, KL, and the score of the data's own answers beside them.
+
+    Returns:
+        The means over all answers, and the first `LOGGED_SAMPLES` answers for samples.jsonl.
+    """
     limit = min(len(prompts), flags.eval_iters * flags.mini_batch_size * run.world_size or len(prompts))
     rows = list(range(limit))
     experiences = collect(run, flags, roles, rewards, prompts, rows, flags.eval_temperature)
+    scored = interval_of(torch.tensor([e.score for e in experiences], dtype=torch.float64))
     values = {
-        "val/score": sum(e.score for e in experiences) / len(experiences),
+        "val/score": scored["mean"],
+        "val/score_error": scored["mean"] - scored["interval"][0],
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
     }
@@ -195,6 +213,6 @@ def evaluate_sampling(
     decode = prompts.tokenizer.decode
     samples = [
         {"prompt": decode(e.prompt), "response": decode(e.response, skip_special_tokens=True), "score": e.score}
-        for e in experiences
+        for e in experiences[:LOGGED_SAMPLES]
     ]
     return values, samples

@@ -38,7 +38,7 @@ def check_writable(folder: str | Path, flag: str) -> None:
         what = "is a file" if there == folder else f"lies inside {there}, which is a file"
         raise UserError(f"--{flag}={folder} {what}; give a folder")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".write-test.", dir=there))
+        os.rmdir(tempfile.mkdtemp(prefix=".write-test.", suffix=f".{os.getpid()}.tmp", dir=there))  # `sweep` knows it
     except OSError as error:
         reason = (error.strerror or "no reason given").lower()
         raise UserError(f"--{flag}={folder} can't be written ({reason}); give a folder of your own") from None

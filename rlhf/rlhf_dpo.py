@@ -21,6 +21,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_dpo.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 from rlhf.data.splits import Split
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
-from rlhf.experiment.reference import MovingReference, reference_logps
+from rlhf.experiment.preflight import Pass, check_memory
+from rlhf.experiment.reference import MovingReference, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
@@ -45,8 +47,9 @@ from rlhf.flags import (
     RunFlags,
     launch,
 )
+from rlhf.masked import widest
 from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
-from rlhf.monitoring import measure_pairs
+from rlhf.monitoring import measure_pairs, watch_pairs
 from rlhf.pairwise import (
     PairLogps,
     PairLossFlags,
@@ -119,7 +122,7 @@ def partners_of(run: Run, flags: DPOFlags, batches: list[PairLogps], *, counts: 
     Args:
         counts: False on a device whose batch only keeps the others company.
     """
-    tables = [sides(flags, pairs).double() for pairs in batches]
+    tables = [sides(flags, pairs).to(widest(run.device)) for pairs in batches]
     mine = torch.cat(tables if counts else [tables[0][:0]])
     owner = torch.full_like(mine[:, :1], run.rank)
     table = run.gather_rows(torch.cat([owner, mine], 1))
@@ -180,6 +183,7 @@ def references_of(
         return reference_logps(run, policy, rows, lambda i: pair_tree(split[i]), folder, micro_batch_size=size)
 
     found = stored(train, run.rows_to_train(len(train))), None
+    check_reference(run, found[0], train)
     if validation is not None:
         found = found[0], stored(validation, run.rows_to_evaluate(len(validation), flags.eval_iters))
     computed = sum(r.computed for r in found if r is not None)
@@ -205,6 +209,17 @@ def main(flags: DPOFlags) -> dict:
     if flags.ref_update_interval:
         models["reference"] = reference
     run.restore(models, optimizers)
+    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
+    tokens = pair_tokens(train.prompt_lens, *columns)
+
+    def pack(rows: list[int]) -> tuple[Forest, list[int]]:
+        return pack_pairs(flags, train, rows), rows
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        pairs = pair_logps(flags, policy.module, reference, pack(rows)[0].to(run.device), rows)
+        return pair_losses(flags, pairs).sum()
+
+    check_memory(run, [Pass(policy.module, trial_loss)], optimizers, tokens)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -218,14 +233,10 @@ def main(flags: DPOFlags) -> dict:
                 f"warning: the chosen responses have lost {drop:.2f} nats a token; lower --learning_rate, raise "
                 f"--beta or set --sft_coef"
             )
-        run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
+        if math.isfinite(values["val/loss"]):  # NaN rewards count as wrong ones in the accuracy
+            run.save_best(policy.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
         return values
 
-    def pack(rows: list[int]) -> tuple[Forest, list[int]]:
-        return pack_pairs(flags, train, rows), rows
-
-    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
-    tokens = pair_tokens(train.prompt_lens, *columns)
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)
@@ -237,7 +248,9 @@ def main(flags: DPOFlags) -> dict:
             partners = partners_of_step(run, flags, policy, reference, step, pack, tokens)
         for (forest, rows), part in zip(step.micro_batches(pack, policy, tokens=tokens), partners, strict=False):
             pairs = pair_logps(flags, policy, reference, forest.to(run.device), rows)
-            loss = pair_losses(flags, pairs, part).sum() / num_pairs
+            losses = pair_losses(flags, pairs, part)
+            watch_pairs(step, pairs, losses)
+            loss = losses.sum() / num_pairs
             loss = loss + flags.chosen_nll_coef * chosen_nll(pairs).sum() / num_chosen_tokens
             loss = loss + flags.path_nll_coef * path_nll(pairs).sum() / num_path_tokens
             step.backward(loss)

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlhf.data.prompts import load_prompts
-from rlhf.data.splits import check_tokenizer, has_split, load_split
+from rlhf.data.prompts import Prompts, load_prompts
+from rlhf.data.splits import Split, check_tokenizer, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.fits import check_split, check_vocabulary
 from rlhf.files import write_json
 from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, launch
+from rlhf.models.forward import unwrapped
 from rlhf.models.loading import check_kind, load_policy, load_scorer, resolve, tokenizer_of
 from rlhf.models.policy import Policy
 from rlhf.paths import check_writable
@@ -80,7 +82,7 @@ def perplexity(policy: Policy, split, rows: range, size: int, device) -> float:
     total, count = 0.0, 0
     for batch in cut(rows, micro_batch_size=size):
         forest = Forest([finetune_tree(split[i]) for i in batch]).to(device)
-        total += policy(forest)[0].double().sum().item()
+        total += policy(forest)[0].cpu().double().sum().item()
         count += forest.num_targets
     return math.exp(-total / max(1, count))
 
@@ -126,6 +128,13 @@ def named_models(models: list[str]) -> dict[str, str]:
     return found
 
 
+def _check_fits(policy: Policy, tokenizer, prompts: Prompts, splits: dict[str, Split], flags: EvaluateFlags) -> None:
+    check_vocabulary(tokenizer, unwrapped(policy.model))
+    check_split(prompts.split, unwrapped(policy.model), new_tokens=flags.max_new_tokens)
+    for split in splits.values():
+        check_split(split, unwrapped(policy.model))
+
+
 def main(flags: EvaluateFlags) -> dict:
     """Evaluate all models; returns the results by model name."""
     if flags.output and Path(flags.output).is_dir():
@@ -141,9 +150,10 @@ def main(flags: EvaluateFlags) -> dict:
     rm = resolve(flags.rm_experiment_dir, "rm_experiment_dir") if flags.rm_experiment_dir else None
     if rm:
         check_kind(rm, flags, scorer=True)
-    fabric = make_fabric(flags)
+    fabric, why = make_fabric(flags)
     if fabric.world_size > 1:
         raise UserError("rlhf_evaluate runs on one device; set --devices=1")
+    print(f"rlhf_evaluate: {why}", flush=True)
     device = fabric.device
     tokenizer = tokenizer_of(sources[baseline_name], flags)
     prompts = load_prompts(flags.data_dir, flags.split, tokenizer)
@@ -176,6 +186,7 @@ def main(flags: EvaluateFlags) -> dict:
     for name in tqdm(order, desc="models"):
         is_baseline = name == baseline_name
         policy = baseline if is_baseline else fabric.to_device(load_policy(sources[name], flags, trainable=False))
+        _check_fits(policy, tokenizer, prompts, splits, flags)
         found: dict = {"model": sources[name]}
         with fabric.autocast():
             if "finetune" in splits:

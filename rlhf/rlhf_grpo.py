@@ -46,10 +46,11 @@ from torch import Tensor
 
 from rlhf.advantages import token_rewards
 from rlhf.data.prompts import Prompts
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, collect, penalised_scores, stack
+from rlhf.experience import Experience, Rollout, check_finite, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
@@ -74,6 +75,7 @@ from rlhf.group_advantages import (
     rloo_advantages,
     without_spread,
 )
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import cispo_loss, grpo_loss, gspo_loss, policy_clipped, response_log_ratios
 from rlhf.models.loading import check_kind, resolve, tokenizer_of
@@ -90,7 +92,17 @@ CLIPS = {"grpo": (0.2, 0.2), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
 
 
 @dataclass(kw_only=True)
-class GRPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class GRPOFlags(
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    GuardFlags,
+    RunFlags,
+    DeviceFlags,
+):
     """GRPO and its relatives."""
 
     sft_experiment_dir: str | None = None
@@ -291,6 +303,7 @@ def policy_loss(actor: torch.nn.Module, batch: Batch, flags: GRPOFlags, step: St
     """The weighted sum of a micro-batch's token losses; what it shows goes into the metrics."""
     forest, mask, old_logps = batch.forest, batch.forest.target_mask, batch.old_logps
     token_logps, entropies = actor(forest, temperature=flags.temperature, entropy=True)
+    step.watch("log-probabilities", token_logps, forest)
     log_ratios = (forest.dense(token_logps) - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     logps, entropies = old_logps + log_ratios, forest.dense(entropies)
     if flags.loss_type == "gspo":
@@ -347,7 +360,7 @@ def main(flags: GRPOFlags) -> dict:
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    updates = flags.rollout_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    updates = flags.rollout_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     run.say(
         f"rlhf_grpo: {flags.num_samples} responses to each prompt, {run.global_batch * flags.num_samples} a rollout; "
         f"{mini_batch} prompts an optimiser step, {updates:,} optimiser steps in all at most; {flags.loss_type}, "
@@ -355,7 +368,18 @@ def main(flags: GRPOFlags) -> dict:
         f"[{1 - flags.clips['clip_low']:g}, {1 + flags.clips['clip_high']:g}]; {roles.sharing}"
     )
     models, optimizers = {"model": roles.actor}, {"optimizer": optimizer}
-    run.restore(models, optimizers)
+    guards = Guards(run, flags)
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        forest = trial_forest(run, prompts, rows, flags.num_samples, flags.max_new_tokens)
+        token_logps, entropies = roles.actor(forest, temperature=flags.temperature, entropy=True)
+        return (token_logps + entropies).sum()
+
+    tokens = prompts.split.prompt_lens + flags.num_samples * flags.max_new_tokens
+    sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size * flags.num_samples)
+    check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, tokens, rollout=sampling)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -364,16 +388,31 @@ def main(flags: GRPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
-    for step in run.steps(len(prompts)):
+    def assess_and_save() -> None:
         run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer)
-        began = time.perf_counter()
-        sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+
+    for step in run.steps(len(prompts)):
+        try:
+            sampled, kept = sample_groups(run, flags, roles, rewards, prompts, step)
+            experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
+            rollout = stack(experiences, flags.max_new_tokens)
+            scores = penalised_scores(experiences, flags.missing_eos_penalty)
+            advantages, token_kl = advantages_of(rollout, scores, flags)
+            check_finite(prompts, experiences, {"advantages": advantages})
+        except NonFiniteError as error:
+            assess_and_save()  # before the step is counted, as a resumed run comes to it again
+            step.skip(error)
+            continue
         if run.step_index == 0:
             check_first_rollout(run, roles, sampled, flags.temperature)
+        guards.watch(step, sampled)
+        assess_and_save()
         measure_samples(step, stack(sampled, flags.max_new_tokens))
         all_scores = penalised_scores(sampled, flags.missing_eos_penalty)
         equal = without_spread(all_scores.view(-1, flags.num_samples))
@@ -381,19 +420,14 @@ def main(flags: GRPOFlags) -> dict:
         step.metrics.put("train/equal_groups", equal.double().mean().item())
         step.metrics.put("train/trained_groups", len(kept))
 
-        experiences = [sampled[i] for i in responses_of(kept, flags.num_samples)]
-        rollout, scores = (
-            stack(experiences, flags.max_new_tokens),
-            penalised_scores(experiences, flags.missing_eos_penalty),
-        )
-        advantages, token_kl = advantages_of(rollout, scores, flags)
         if flags.kl_in == "reward":
             charged = flags.kl_coef * (token_kl * rollout.response_mask).sum(1)
             step.metrics.put("train/kl_penalty", charged.mean().item() if kept else 0.0)
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         lengths = rollout.response_mask.sum(1).view(-1, flags.num_samples).sum(1)
         tokens = lengths + torch.tensor([len(e.prompt) for e in experiences[:: flags.num_samples]], dtype=torch.long)
+        row_of = [e.row for e in experiences[:: flags.num_samples]]
         for epoch in range(flags.rollout_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(kept), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
@@ -401,13 +435,16 @@ def main(flags: GRPOFlags) -> dict:
                 groups = order[start : start + mini_batch]
                 weights = weights_of(rollout, responses_of(groups, flags.num_samples), flags)
                 of_groups = partial(pack, experiences, rollout, advantages, weights, flags.num_samples)
-                for batch in step.micro_batches(of_groups, actor, rows=groups, tokens=tokens):
+                given = {"rows": groups, "row_of": row_of, "tokens": tokens}
+                for batch in step.micro_batches(of_groups, actor, **given):
                     batch.to(run.device)
                     step.backward(policy_loss(actor, batch, flags, step))
                     step.num_tokens += batch.forest.num_tokens
                 step.update(optimizer, clip=flags.gradient_clip_val)
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
-    return run.finish(models, optimizers, tokenizer, assess)
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ GPU: fabric run --accelerator=cuda --devices=8 --strategy=ddp rlhf/rlhf_kto.py -
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,8 @@ from rlhf.errors import UserError
 from rlhf.evaluation import log_sample
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
-from rlhf.experiment.reference import ReferenceLogps, reference_logps
+from rlhf.experiment.preflight import Pass, check_memory
+from rlhf.experiment.reference import ReferenceLogps, check_reference, reference_logps
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
     BatchFlags,
@@ -249,6 +251,7 @@ def references_of(
         order = {"seed": flags.seed, "shuffle": flags.shuffle}
         pairs += mismatched_of_run(run.total_steps, len(train), run.global_batch, **order)
     found = stored(train, pairs), None
+    check_reference(run, found[0], train)
     if validation is not None:
         rows = run.rows_to_evaluate(len(validation), flags.eval_iters)
         pairs = [(i, i) for i in rows]
@@ -296,13 +299,19 @@ def main(flags: KTOFlags) -> dict:
     optimizer = make_optimizer(policy.module, flags, flags.learning_rate)
     rewards_so_far = RunningMoments()
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
-    extra = run.restore(models, optimizers)
-    if extra:
-        rewards_so_far.load_state_dict(extra["rewards_so_far"])
-    run.open()
+    states = {"rewards_so_far": rewards_so_far}
+    run.restore(models, optimizers, states)
+    all_labels, tokens = train.labels, train.lengths("input_ids")
+    response_lens = tokens - train.prompt_lens
 
-    def state() -> dict:
-        return {"rewards_so_far": rewards_so_far.state_dict()}
+    def trial_loss(rows: list[int]) -> Tensor:
+        longest, next_longest = response_lens.topk(2).indices.tolist() if flags.loss_type == "kto" else (0, 0)
+        partner = {i: next_longest if i == longest else longest for i in rows}
+        batch = pack(train, partner if flags.loss_type == "kto" else {}, rows)
+        return logps_of(run, policy.module, batch)[0].sum()
+
+    check_memory(run, [Pass(policy.module, trial_loss)], optimizers, tokens)
+    run.open()
 
     def assess() -> dict[str, float]:
         log_sample(run, policy.module, tokenizer)
@@ -315,7 +324,8 @@ def main(flags: KTOFlags) -> dict:
                 f"warning: the good responses have lost {drop:.2f} nats a token; lower --learning_rate or raise --beta"
             )
         best, higher = ("val/auc", True) if "val/auc" in values else ("val/loss", False)
-        run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
+        if math.isfinite(values["val/loss"]):  # NaN rewards have a place of their own in the order of the AUC
+            run.save_best(policy.module, tokenizer, best, values[best], higher=higher)
         return values
 
     @torch.no_grad()
@@ -324,12 +334,10 @@ def main(flags: KTOFlags) -> dict:
         forest = forest_of(train, pairs).to(run.device)
         return forest.per_branch(policy(forest)[0]) - train_reference.sums(pairs)
 
-    all_labels, tokens = train.labels, train.lengths("input_ids")
-    response_lens = tokens - train.prompt_lens
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, state())
-        before, point = state(), None
+        run.save_if_due(models, optimizers, tokenizer, states)
+        before, point = rewards_so_far.state_dict(), None
         partner = partners_of(flags, step.global_rows, len(train))
         first, *later = step.cuts(tokens=tokens)
         ratios = [log_ratios([(i, partner[i]) for i in rows]) for rows in later if partner]
@@ -343,6 +351,9 @@ def main(flags: KTOFlags) -> dict:
                 point = point_of_reference(run, flags, rewards_so_far, ratios, step.weight)
             labels, lengths = all_labels[batch.rows].to(run.device), batch.forest.target_mask.sum(1)
             losses = row_losses(flags, policy_logps, ref_logps, labels, point)
+            step.watch("log-probabilities", policy_logps)
+            step.watch("reference log-probabilities", ref_logps)
+            step.watch("losses", losses)
             step.backward(losses.sum() / len(step.global_rows))
             measure(step.metrics, "train", flags, losses, policy_logps, ref_logps, labels, lengths, point, step.weight)
             step.num_tokens += batch.forest.num_tokens
@@ -356,8 +367,8 @@ def main(flags: KTOFlags) -> dict:
         elif flags.loss_type == "bco":
             step.metrics.put("train/delta", point.item())
         if not step.update(optimizer, clip=flags.gradient_clip_val):
-            rewards_so_far.load_state_dict(before["rewards_so_far"])
-    return run.finish(models, optimizers, tokenizer, assess, state())
+            rewards_so_far.load_state_dict(before)
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.reference import MovingReference
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
@@ -46,9 +47,10 @@ from rlhf.flags import (
     check_on_policy,
     launch,
 )
+from rlhf.guards import GuardFlags, Guards
 from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples
+from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples, watch_pairs
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
 from rlhf.rewards.mix import check_rewards, load_rewards
@@ -68,6 +70,7 @@ class OnlineDPOFlags(
     BatchFlags,
     OptimizerFlags,
     GenerationFlags,
+    GuardFlags,
     RunFlags,
     DeviceFlags,
 ):
@@ -196,7 +199,17 @@ def main(flags: OnlineDPOFlags) -> dict:
         f"{(flags.reference or f'{sft}, as this run starts') if flags.uses_reference else 'none'}"
         + (f", renewed every {flags.ref_update_interval} steps" if flags.ref_update_interval else "")
     )
-    run.restore(models, optimizers)
+    guards = Guards(run, flags)
+    states = {"guards": guards}
+    run.restore(models, optimizers, states)
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        forest = trial_forest(run, prompts, rows, 2, flags.max_new_tokens)
+        return roles.actor(forest, temperature=flags.temperature)[0].sum()
+
+    most = prompts.split.prompt_lens + 2 * flags.max_new_tokens
+    sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size * flags.num_samples)
+    check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, most, rollout=sampling)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -205,20 +218,31 @@ def main(flags: OnlineDPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
+
+    def assess_and_save() -> None:
+        run.evaluate_if_due(assess)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
 
     warned = False
     for step in run.steps(len(prompts)):
-        run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer)
-        began = time.perf_counter()
-        experiences = collect(
-            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=flags.num_samples
-        )
+        num = flags.num_samples
+        try:
+            experiences = collect(
+                run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, num_samples=num
+            )
+        except NonFiniteError as error:
+            assess_and_save()  # before the step is counted, as a resumed run comes to it again
+            step.skip(error)
+            continue
         if run.step_index == 0:
             own = replace(roles, reference=None) if flags.reference else roles
             check_first_rollout(run, own, experiences, flags.temperature)
+        guards.watch(step, experiences)
+        assess_and_save()
         if judge is None:
             pairs = pairs_of(experiences, flags)
         else:
@@ -226,21 +250,24 @@ def main(flags: OnlineDPOFlags) -> dict:
         measure_samples(step, stack(experiences, flags.max_new_tokens))
         step.metrics.put("train/shaped_score", penalised_scores(experiences, flags.missing_eos_penalty).mean().item())
         step.metrics.put("train/pairs", len(pairs))
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         reference = partial(ref_logps_of, pairs) if flags.uses_reference else None
         tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
-        drop = run.metrics()
+        row_of, drop = [best.row for best, _ in pairs], run.metrics()
         for epoch in range(flags.rollout_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(pairs), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
             for start in range(0, len(order), mini_batch):
                 rows = order[start : start + mini_batch]
                 num_chosen_tokens = sum(len(pairs[i][0].response) for i in rows)
-                for forest, mine in step.micro_batches(partial(pack, pairs), actor, rows=rows, tokens=tokens):
+                given = {"rows": rows, "row_of": row_of, "tokens": tokens}
+                for forest, mine in step.micro_batches(partial(pack, pairs), actor, **given):
                     policy = partial(actor, temperature=flags.temperature)
                     logps = pair_logps(flags, policy, reference, forest.to(run.device), mine)
-                    loss = pair_losses(flags, logps).sum() / len(rows)
+                    losses = pair_losses(flags, logps)
+                    watch_pairs(step, logps, losses)
+                    loss = losses.sum() / len(rows)
                     loss = loss + flags.chosen_nll_coef * chosen_nll(logps).sum() / max(1, num_chosen_tokens)
                     step.backward(loss)
                     step.metrics.add("train/loss", loss * len(rows) * step.weight, len(mine) * step.weight)
@@ -249,7 +276,9 @@ def main(flags: OnlineDPOFlags) -> dict:
                     drop.add("nats", change.sum() * step.weight, logps.lengths[0::2].sum() * step.weight)
                     step.num_tokens += forest.num_tokens
                 step.update(optimizer, clip=flags.gradient_clip_val)
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
         lost = drop.reduce()["nats"] if pairs else 0.0
         if flags.uses_reference and lost > flags.max_chosen_drop and not warned:
             warned = True
@@ -259,7 +288,7 @@ def main(flags: OnlineDPOFlags) -> dict:
             )
         if flags.ref_update_interval and (run.step_index + 1) % flags.ref_update_interval == 0:
             models["reference"].update(flags.ref_mixup)
-    return run.finish(models, optimizers, tokenizer, assess)
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

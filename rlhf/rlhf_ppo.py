@@ -34,11 +34,12 @@ from torch import Tensor
 
 from rlhf.advantages import RunningMoments, end_state_mask, gae, score_missing_eos, token_rewards
 from rlhf.data.splits import Split
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.evaluation import log_sample
-from rlhf.experience import Experience, Rollout, Targets, collect, stack, value_index
+from rlhf.experience import Experience, Rollout, Targets, check_finite, collect, stack, value_index
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
@@ -53,6 +54,7 @@ from rlhf.flags import (
     check_on_policy,
     launch,
 )
+from rlhf.guards import GuardFlags, Guards
 from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import (
     policy_clipped,
@@ -75,7 +77,17 @@ MAX_LOG_RATIO = 20.0
 
 
 @dataclass(kw_only=True)
-class PPOFlags(DataFlags, ModelFlags, RewardFlags, BatchFlags, OptimizerFlags, GenerationFlags, RunFlags, DeviceFlags):
+class PPOFlags(
+    DataFlags,
+    ModelFlags,
+    RewardFlags,
+    BatchFlags,
+    OptimizerFlags,
+    GenerationFlags,
+    GuardFlags,
+    RunFlags,
+    DeviceFlags,
+):
     """PPO."""
 
     sft_experiment_dir: str | None = None
@@ -250,6 +262,7 @@ def pack(experiences: list[Experience], targets: Targets, advantages: Tensor, ro
 def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step, ratios: Metrics) -> Tensor:
     """Summed clipped surrogate of a micro-batch, less its entropy bonus; what it shows goes into the metrics."""
     token_logps, entropies = actor(batch.forest, temperature=flags.temperature, entropy=True)
+    step.watch("log-probabilities", token_logps, batch.forest, name="actor")
     log_ratio = (token_logps - batch.old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     new_logps = batch.old_logps + log_ratio
     losses = ppo_policy_loss(new_logps, batch.old_logps, batch.advantages, clip_coef=flags.clip_coeff)
@@ -270,6 +283,7 @@ def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
 def value_losses(critic: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step) -> Tensor:
     """Summed (clipped) squared error of the critic's values."""
     values = critic(batch.forest, batch.value_index)
+    step.watch("values", values, batch.forest, batch.value_index, name="critic")
     clip = flags.value_clip_coeff or None
     losses = ppo_value_loss(values, batch.old_values, batch.returns, clip_coef=clip)
     step.metrics.mean("train/value_loss", losses, step.weight)
@@ -294,6 +308,7 @@ def train_supervised(run: Run, step: Step, flags: PPOFlags, actor: torch.nn.Modu
     num_targets = max(1, forest_of(rows).num_targets)
     for forest in step.micro_batches(forest_of, actor, rows=rows, tokens=split.lengths("input_ids")):
         token_logps, _ = actor(forest.to(run.device))
+        step.watch("supervised log-probabilities", token_logps, forest, name="actor")
         losses = nll_loss(token_logps)
         step.backward(flags.ptx_coef * losses.sum() / num_targets, name="actor")
         step.metrics.mean("train/ptx_loss", losses, step.weight)
@@ -334,12 +349,13 @@ def main(flags: PPOFlags) -> dict:
         else FixedKL(flags.init_kl_coeff)
     )
     score_moments = RunningMoments()
+    guards = Guards(run, flags)
     run.plan(len(prompts), what="prompts")
     mini_batch = flags.mini_batch_size * run.world_size
     mini_batches = flags.rollout_size // flags.mini_batch_size
     updates = flags.ppo_epochs * mini_batches
     sizes = rollout_sizes(len(prompts), run.global_batch, run.total_steps)
-    all_updates = flags.ppo_epochs * sum(math.ceil(size / mini_batch) for size in sizes)
+    all_updates = flags.ppo_epochs * sum(n * math.ceil(size / mini_batch) for size, n in sizes.items())
     if flags.whiten_rewards and min(sizes) < 8:
         raise UserError(
             f"--whiten_rewards needs 8 responses, and the last rollout of an epoch has {min(sizes)} (of "
@@ -353,14 +369,25 @@ def main(flags: PPOFlags) -> dict:
     )
     models = {"model": roles.actor, "critic": roles.critic}
     optimizers = {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    extra = run.restore(models, optimizers)
-    if extra:
-        kl.load_state_dict(extra["kl"])
-        score_moments.load_state_dict(extra["score_moments"])
-    run.open()
+    states = {"kl": kl, "score_moments": score_moments, "guards": guards}
+    run.restore(models, optimizers, states)
 
-    def state() -> dict:
-        return {"kl": kl.state_dict(), "score_moments": score_moments.state_dict()}
+    def trial(rows: list[int]) -> Forest:
+        return trial_forest(run, prompts, rows, 1, flags.max_new_tokens)
+
+    def actor_loss(rows: list[int]) -> Tensor:
+        token_logps, entropies = roles.actor(trial(rows), temperature=flags.temperature, entropy=True)
+        return (token_logps + entropies).sum()
+
+    def critic_loss(rows: list[int]) -> Tensor:
+        forest = trial(rows)
+        ends = torch.ones(len(rows), dtype=torch.bool, device=run.device)
+        return roles.critic(forest, value_index(forest, ends)).sum()
+
+    passes = [Pass(roles.actor, actor_loss), Pass(roles.critic, critic_loss)]
+    sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size)
+    check_memory(run, passes, optimizers, prompts.split.prompt_lens + flags.max_new_tokens, rollout=sampling)
+    run.open()
 
     def assess() -> dict[str, float]:
         log_sample(run, roles.actor, tokenizer)
@@ -368,30 +395,47 @@ def main(flags: PPOFlags) -> dict:
             return {}
         values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
         run.log_samples(samples)
-        run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
+        if guards.evaluated(values["val/score"]):
+            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
         return values
 
-    for step in run.steps(len(prompts)):
+    def assess_and_save() -> None:
         run.evaluate_if_due(assess)
-        run.save_if_due(models, optimizers, tokenizer, state())
-        began = time.perf_counter()
-        experiences = collect(
-            run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
-        )
-        rollout = stack(experiences, flags.max_new_tokens)
+        if guards.may_save:
+            run.save_if_due(models, optimizers, tokenizer, states)
+
+    for step in run.steps(len(prompts)):
+        try:
+            experiences = collect(
+                run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
+            )
+        except NonFiniteError as error:
+            assess_and_save()  # before the step is counted, as a resumed run comes to it again
+            step.skip(error)
+            continue
         if run.step_index == 0:
             check_first_rollout(run, roles, experiences, flags.temperature)
-            if fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value):
-                run.say(f"warning: {fault}")
+        guards.watch(step, experiences)
+        assess_and_save()
+        before = score_moments.state_dict()
+        rollout = stack(experiences, flags.max_new_tokens)
+        if run.step_index == 0 and (fault := missing_eos_fault(rollout, flags.missing_eos, flags.missing_eos_value)):
+            run.say(f"warning: {fault}")
         scores = shaped_scores(rollout, flags, score_moments)
         scale = score_moments.std if flags.normalize_rewards else 1.0
         targets = targets_of(rollout, scores, kl.value, flags, run.world_size, scale=scale)
+        try:
+            check_finite(prompts, experiences, {"advantages": targets.advantages, "returns": targets.returns})
+        except NonFiniteError as error:
+            step.skip(error)
+            score_moments.load_state_dict(before)
+            continue
         response_kl = measure_rollout(step, rollout, scores, targets, kl.value)
         kl.update(response_kl, len(experiences))
-        step.metrics.put("perf/rollout_seconds", time.perf_counter() - began)
+        step.metrics.put("perf/rollout_seconds", time.perf_counter() - step.began)
 
         warming_up = run.step_index < flags.critic_warmup_steps
-        tokens = torch.tensor([e.num_tokens for e in experiences])
+        tokens, row_of = torch.tensor([e.num_tokens for e in experiences]), [e.row for e in experiences]
         for epoch in range(flags.ppo_epochs):
             seed = flags.seed + run.step_index
             order = epoch_order(len(experiences), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
@@ -401,9 +445,9 @@ def main(flags: PPOFlags) -> dict:
                 advantages = advantages_of(targets, rollout, rows, flags)
                 num_tokens, num_values = int(rollout.response_mask[rows].sum()), int(targets.value_mask[rows].sum())
                 ratios = run.metrics()
-                for batch in step.micro_batches(
-                    partial(pack, experiences, targets, advantages), actor, critic, rows=rows, tokens=tokens
-                ):
+                of_rows = partial(pack, experiences, targets, advantages)
+                given = {"rows": rows, "row_of": row_of, "tokens": tokens}
+                for batch in step.micro_batches(of_rows, actor, critic, **given):
                     batch.to(run.device)
                     if not warming_up:
                         policy_loss = policy_losses(actor, batch, flags, step, ratios)
@@ -425,8 +469,10 @@ def main(flags: PPOFlags) -> dict:
                 moved.append(means.get("approx_kl", 0.0))
             if flags.target_update_kl and sum(moved) / len(moved) > flags.target_update_kl:
                 break
-        step.metrics.put("perf/train_seconds", time.perf_counter() - began - step.metrics.get("perf/rollout_seconds"))
-    return run.finish(models, optimizers, tokenizer, assess, state())
+        step.metrics.put(
+            "perf/train_seconds", time.perf_counter() - step.began - step.metrics.get("perf/rollout_seconds")
+        )
+    return run.finish(models, optimizers, tokenizer, assess, states)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from rlhf.data.splits import Split
+from rlhf.errors import NonFiniteError
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.files import write_json
 from rlhf.flags import BatchFlags, DataFlags, DeviceFlags, ModelFlags, OptimizerFlags, RunFlags, launch
@@ -78,7 +80,11 @@ def pair_losses(
 
 @torch.no_grad()
 def evaluate(run: Run, scorer: torch.nn.Module, split: Split, loss_type: str, limit: int) -> dict[str, Tensor]:
-    """Scores of the validation pairs, gathered from all devices: `loss`, `chosen`, `rejected`, `row`, (N,) each."""
+    """Scores of the validation pairs, gathered from all devices: `loss`, `chosen`, `rejected`, `row`, (N,) each.
+
+    Raises:
+        NonFiniteError: some are not finite; no mean, deviation or report can be made of them.
+    """
     scorer.eval()
     parts: list[Tensor] = [torch.empty(0, 4, device=run.device)]
     for rows in run.batches(len(split), limit):
@@ -88,6 +94,9 @@ def evaluate(run: Run, scorer: torch.nn.Module, split: Split, loss_type: str, li
     scorer.train()
     table = run.gather_rows(torch.cat(parts))
     table = table[table[:, 3].argsort()]
+    if not table.isfinite().all():
+        bad = table[~table.isfinite().all(1), 3].long().tolist()
+        raise NonFiniteError(f"the scores of rows {bad} of {split.path} are not finite")
     return dict(zip(("loss", "chosen", "rejected", "row"), table.double().unbind(1), strict=True))
 
 
@@ -103,6 +112,14 @@ def main(flags: RMFlags) -> dict:
     run.plan(len(train), what="pairs")
     models, optimizers = {"model": scorer.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)
+    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
+    tokens = pair_tokens(train.prompt_lens, *columns)
+
+    def trial_loss(rows: list[int]) -> Tensor:
+        forest, differ = pack(train, rows)
+        return pair_losses(scorer.module, forest.to(run.device), differ.to(run.device), flags.loss_type)[0].sum()
+
+    check_memory(run, [Pass(scorer.module, trial_loss)], optimizers, tokens)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -131,8 +148,6 @@ def main(flags: RMFlags) -> dict:
         run.save_best(scorer.module, tokenizer, "val/accuracy", values["val/accuracy"], higher=True)
         return values
 
-    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
-    tokens = pair_tokens(train.prompt_lens, *columns)
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)
@@ -140,6 +155,8 @@ def main(flags: RMFlags) -> dict:
             losses, chosen, rejected = pair_losses(
                 scorer, forest.to(run.device), differ.to(run.device), flags.loss_type
             )
+            step.watch("scores", torch.stack([chosen, rejected], 1))
+            step.watch("losses", losses)
             step.backward(losses.sum() / len(step.global_rows))
             step.metrics.mean("train/loss", losses, step.weight)
             step.metrics.mean("train/accuracy", (chosen > rejected).float(), step.weight)

@@ -22,6 +22,7 @@ import torch
 from rlhf.data.splits import Split
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
+from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.run import Run, start_experiment
 from rlhf.flags import (
     BatchFlags,
@@ -75,6 +76,15 @@ def main(flags: SFTFlags) -> dict:
     run.plan(len(train))
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
     run.restore(models, optimizers)
+    lengths = train.lengths("input_ids")
+
+    def pack(rows: list[int]) -> Forest:
+        return Forest([finetune_tree(train[i], flags.use_targets) for i in rows])
+
+    def trial_loss(rows: list[int]) -> torch.Tensor:
+        return nll_loss(policy.module(pack(rows).to(run.device))[0]).sum()
+
+    check_memory(run, [Pass(policy.module, trial_loss)], optimizers, lengths)
     run.open()
 
     def assess() -> dict[str, float]:
@@ -85,16 +95,13 @@ def main(flags: SFTFlags) -> dict:
         run.save_best(policy.module, tokenizer, "val/loss", values["val/loss"], higher=False)
         return values
 
-    def pack(rows: list[int]) -> Forest:
-        return Forest([finetune_tree(train[i], flags.use_targets) for i in rows])
-
-    lengths = train.lengths("input_ids")
     for step in run.steps(len(train)):
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)
         num_targets = pack(step.global_rows).num_targets
         for forest in step.micro_batches(pack, policy, tokens=lengths):
             token_logps, _ = policy(forest.to(run.device))
+            step.watch("log-probabilities", token_logps, forest)
             loss = nll_loss(token_logps).sum()
             step.backward(loss / max(1, num_targets))
             step.metrics.add("train/loss", loss * step.weight, forest.num_targets * step.weight)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from rlhf.masked import widest
 from rlhf.models.attention import KeepingAttention, attending
 from rlhf.models.forward import trunk_of, unwrapped, using_adapter
 from rlhf.models.lean import LeanTrunk
@@ -274,7 +275,7 @@ def _noise(sampling: Sampling, sample_ids: list[int], device) -> Tensor:
     for sample in sample_ids:
         generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + sample) % 2**63)
         streams.append(torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64))
-    return torch.stack(streams).to(device)
+    return torch.stack(streams).to(device, widest(torch.device(device)))
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,12 +305,15 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor,
         blocks = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
         sums = blocks.sum(-1)
         total = sums.sum(-1, keepdim=True)
-        cumulative = sums.cumsum(-1, dtype=torch.float64)
+        wide = widest(logits.device)
+        cumulative = sums.cumsum(-1, dtype=wide)
         target = uniform[:, None] * cumulative[:, -1:]
         block = _place(cumulative, sums, target)
         before = (cumulative - sums).gather(-1, block)
         inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
-        chosen = block * BLOCK + _place(inside.cumsum(-1, dtype=torch.float64), inside, target - before)
+        chosen = block * BLOCK + _place(inside.cumsum(-1, dtype=wide), inside, target - before)
+        # Where logits are NaN so is the log-probability; the id must be one of the vocabulary all the same.
+        chosen = chosen.clamp(max=logits.shape[-1] - 1)
     logps = logits.gather(-1, chosen) - top - total.log()
     return chosen.squeeze(-1), logps.squeeze(-1)
 
@@ -330,7 +334,7 @@ def _filtered(weights: Tensor, total: Tensor, sampling: Sampling) -> tuple[Tenso
 
 def _inverted(weights: Tensor, uniform: Tensor) -> Tensor:
     """(B, 1) the place where the cumulative distribution of (B, K) weights passes `uniform`."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    cumulative = weights.cumsum(-1, dtype=widest(weights.device))
     return _place(cumulative, weights, uniform[:, None] * cumulative[:, -1:])
 
 
@@ -368,6 +372,7 @@ def _generate_in_transformers(
                     output_logits=True,
                     return_dict_in_generate=True,
                     use_cache=True,
+                    remove_invalid_values=True,  # of the draw, which would fail; the logits that come back have them
                     **(options if sampling.do_sample else {}),
                 )
             response = out.sequences[0, prompt.shape[1] :]

@@ -74,6 +74,7 @@ def flags_of(world: World, folder: Path | str, **changes: Any) -> PPOFlags:
         "eval_iters": 1,
         "save_interval": 0,
         "logger": "none",
+        "memory_check": "none",
         "accelerator": "cpu",
         "precision": "32-true",
     }

@@ -116,6 +116,7 @@ _QUICK = {
     "accelerator": "cpu",
     "precision": "32-true",
     "logger": "none",
+    "memory_check": "none",
     "mini_batch_size": 4,
     "epochs": 99.0,
     "max_steps": 2,

@@ -29,6 +29,7 @@ from rlhf.data.sources import Chunk, Entry
 from rlhf.data.splits import data_info, load_split
 from rlhf.data.text import encode_pair, encode_prompt, load_tokenizer, tokenizer_fingerprint
 from rlhf.errors import UserError
+from rlhf.files import WriteError
 from rlhf.flags import launch, parse
 from tests.data_makers import all_rows, dialogue_rows, files, prompts_of, run, save_tokenizers, write_rows
 from tests.tiny_tokenizers import EOS
@@ -254,7 +255,7 @@ def test_a_run_that_fails_leaves_nothing_behind(tmp_path, tokenizers, monkeypatc
 
     monkeypatch.setattr(prepare, failing, fail)
     for name in ("data", "new"):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(WriteError, match="No space"):
             run(dialogues, tmp_path, tokenizers, dialogue_rows(30), name=name)
     assert {name: (tmp_path / "data" / name).read_bytes() for name in os.listdir(tmp_path / "data")} == before
     assert sorted(os.listdir(tmp_path)) == ["data", "source"]

@@ -32,13 +32,15 @@ def _names(text: str) -> set[str]:
 SHARED = _names(
     """
     accelerator args_file data_dir devices disable_dropout epochs eval_interval eval_iters experiment_dir
-    finetune_mode gradient_checkpointing gradient_clip_val keep_checkpoints learning_rate log_interval logger
-    lora_alpha lora_dropout lora_rank lora_targets lr_schedule lr_warmup_steps max_steps micro_batch_size
+    finetune_mode gradient_checkpointing gradient_clip_val keep_checkpoints keep_weights learning_rate log_interval
+    logger lora_alpha lora_dropout lora_rank lora_targets lr_schedule lr_warmup_steps max_steps memory_check
+    micro_batch_size
     micro_batch_tokens mini_batch_size model_name num_nodes num_workers optimizer optimizer_beta1 optimizer_beta2
     optimizer_eps precision resume save_interval seed shuffle skip_nonfinite_steps strategy trust_remote_code
     weight_decay
     """
 )
+GUARDS = _names("on_collapse guard_patience guard_kl guard_eos guard_empty guard_length guard_repetition guard_score")
 REWARD = {"reward", "reward_timeout", "rm_experiment_dir"}
 ROLLOUT = _names(
     """
@@ -65,11 +67,12 @@ FROZEN = {
     KTOFlags: SHARED
     | GENERATION
     | _names("sft_experiment_dir reference loss_type beta desirable_weight undesirable_weight max_chosen_drop"),
-    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | PAIRS | {"judge"},
+    OnlineDPOFlags: SHARED | GENERATION | REWARD | ROLLOUT | GUARDS | PAIRS | {"judge"},
     GRPOFlags: SHARED
     | GENERATION
     | REWARD
     | ROLLOUT
+    | GUARDS
     | _names("advantage loss_type loss_normalization clip_low clip_high kl_coef kl_in kl_estimator kl_unbiased")
     | _names("entropy_coef mask_truncated dynamic_sampling max_resamples"),
 }

@@ -39,7 +39,8 @@ LEARNS = {
 def test_learns_a_planted_reward(method, world, tmp_path):
     """From under a half of the largest reward to nine tenths of it: 8 tokens of even ids, and no EOS."""
     steps = 60 if method == "reinforce_pp" else 40
-    flags = flags_of(world, tmp_path / "run", max_steps=steps, learning_rate=1e-2, **LEARNS[method])
+    settings = {"max_steps": steps, "learning_rate": 1e-2, "on_collapse": "warn", **LEARNS[method]}
+    flags = flags_of(world, tmp_path / "run", **settings)  # what the guards call a collapse is what is planted here
     scores = [line["train/score"] for line in train(rlhf_grpo, flags).train_lines()]
     assert scores[0] < 0.5
     assert min(scores[-3:]) >= 0.9, scores

@@ -203,7 +203,7 @@ class _Table:
 
 def step_of() -> SimpleNamespace:
     fabric = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    return SimpleNamespace(metrics=Metrics(fabric), weight=1.0)
+    return SimpleNamespace(metrics=Metrics(fabric), weight=1.0, watch=lambda *_: None)
 
 
 def batch_of(groups: list[int], flags: GRPOFlags) -> Batch:

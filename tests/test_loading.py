@@ -208,7 +208,7 @@ def test_a_broken_weight_file_is_one_sentence_that_names_it(tmp_path, folders, d
     torch.save(whole.state_dict(), tmp_path / "pytorch_model.bin")
     whole.config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=rf"the weights in {tmp_path} cannot be read \(it ends too early\)"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/pytorch_model.bin is damaged .*\(it ends too early\)"):
         load_policy(str(tmp_path), flags)
 
 

@@ -104,13 +104,13 @@ MUTANTS = [
     ),
     Mutant(
         "rlhf/masked.py",
-        "_real(x.detach(), mask).double()",
-        "_real(x, mask).double()",
+        "_real(x.detach(), mask).to(widest(x.device))",
+        "_real(x, mask).to(widest(x.device))",
         (MASKED + "test_moments_carry_no_gradient",),
     ),
     Mutant(
         "rlhf/masked.py",
-        "_real(x.detach(), mask).double()",
+        "_real(x.detach(), mask).to(widest(x.device))",
         "_real(x.detach(), mask).float()",
         (MASKED + "test_moments_keep_a_small_variance_on_a_large_mean",),
     ),

@@ -92,7 +92,7 @@ def test_a_pair_is_one_tree_and_the_reference_is_in_its_order():
 @pytest.mark.parametrize("given", [{}, {"loss_type": ["ipo"], "beta": 0.2}, {"num_samples": 8, "rollout_epochs": 2}])
 def test_learns_a_planted_reward(given, world, tmp_path):
     """From under a half of the largest reward to nine tenths of it: 8 tokens of even ids, and no EOS."""
-    settings = {"num_samples": 6, "beta": 0.05, "learning_rate": 1e-2, "max_steps": 60, **given}
+    settings = {"num_samples": 6, "beta": 0.05, "learning_rate": 1e-2, "max_steps": 60, "on_collapse": "warn", **given}
     watched = train(rlhf_online_dpo, flags_of(world, tmp_path / "run", **settings))
     scores = [line["train/score"] for line in watched.train_lines()]
     assert scores[0] < 0.5

@@ -202,6 +202,11 @@ def test_evaluations_are_repeatable_and_have_a_fixed_point(long_run, world, tmp_
     samples = [json.loads(line) for line in (long_run.folder / "samples.jsonl").read_text().splitlines()]
     scored = [s for s in samples if "score" in s]
     assert {(s["step"], len([1 for t in scored if t["step"] == s["step"]])) for s in scored} == {(0, 2), (4, 2), (8, 2)}
+    for line in lines:  # the error bar is that of these very scores
+        scores = [s["score"] for s in scored if s["step"] == line["step"]]
+        assert line["val/score"] == pytest.approx(np.mean(scores), rel=1e-6)
+        expected = 1.96 * np.std(scores, ddof=1) / len(scores) ** 0.5
+        assert line["val/score_error"] == pytest.approx(expected, rel=1e-6)
     setting = set_up(flags_of(world, tmp_path / "run", eval_iters=0))
     prompts = setting.run.load_prompts("validation", tokenizer_for())
     heat = []
@@ -266,6 +271,8 @@ def assert_same_run(one: Path, other: Path, last: int) -> None:
         for key, state in expected["state"].items():
             assert all(torch.equal(state[k], found["state"][key][k]) for k in state)
     states = [json.loads((root / folder / "state.json").read_text())["extra"] for root in (one, other)]
+    for state in states:
+        del state["log_sizes"]  # of lines with the times that they took
     assert states[0] == states[1]
     assert metrics_without_times(one) == metrics_without_times(other)
     assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()

@@ -106,12 +106,14 @@ def check_parses(command: str) -> Any:
 
 @pytest.fixture
 def in_folder_with_args(tmp_path, monkeypatch):
-    """A working folder in which the README's SFT run has left its args.json."""
-    (command,) = [c for c in commands(README) if "--experiment_dir=experiments/runs/sft" in c and "rlhf_sft" in c]
-    flags = dataclasses.asdict(check_parses(command))
-    path = tmp_path / flags["experiment_dir"] / "args.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(flags))
+    """A working folder in which the README's SFT and PPO runs have left their args.json."""
+    for name in ("sft", "ppo"):
+        folder = f"--experiment_dir=experiments/runs/{name} "
+        (command,) = [c for c in commands(README) if folder in c and f"rlhf_{name}.py" in c]
+        flags = dataclasses.asdict(check_parses(command))
+        path = tmp_path / flags["experiment_dir"] / "args.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(flags))
     monkeypatch.chdir(tmp_path)
 
 

@@ -285,13 +285,13 @@ def test_devices_fail_together(prompts):
     """C17, C37: what another device reports ends this one, whose own responses are fine."""
     rewards = rewards_of(prompts, "numeric")
     seen = []
-    rewards.gather = lambda items: seen.append(items) or [*items, "the reward of another device failed"]
+    rewards.gather = lambda items: seen.append(items) or [*items, UserError("the reward of another device failed")]
     with pytest.raises(UserError, match="the reward of another device failed"):
         judged(rewards, ["7"])
     assert seen == [[None]]
     with pytest.raises(UserError, match="row 3 of"):
         judged(rewards, ["7", "7"], [0, 3])
-    assert "row 3 of" in seen[1][0]
+    assert "row 3 of" in str(seen[1][0])
 
 
 # ------------------------------------------------------------------------------------------------- reward models

@@ -98,8 +98,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("mode", ["all", "lora"])
 @EVERY_SCRIPT
 def test_the_experiment_folder_holds_exactly_this(lab, tmp_path, script, mode):
-    """DESIGN.md section 6: every file, with two checkpoints, the best one, samples of a policy, a reward model's
-    report; no leftovers."""
+    """DESIGN.md section 6: every file, with the last two checkpoints, the best one, samples of a policy, a reward
+    model's report; no leftovers."""
     run(script, lab, tmp_path, finetune_mode=mode, max_steps=4, save_interval=1, eval_interval=2, logger="csv")
     model = ADAPTER if mode == "lora" else MODEL
     if script != "rm":
@@ -110,11 +110,11 @@ def test_the_experiment_folder_holds_exactly_this(lab, tmp_path, script, mode):
     top |= {"report.json"} if script == "rm" else {"samples.jsonl"}
     checkpoints = {"checkpoints/last", "checkpoints/best/best.json"}
     checkpoints |= {f"checkpoints/best/model/{name}" for name in model}
-    for step in (2, 3):
+    for step in (3, 4):
         state = {"state.json", "optimizer.pt", *(f"model/{name}" for name in model)}
         checkpoints |= {f"checkpoints/step-{step:08d}/{name}" for name in state}
     assert files_of(tmp_path) == top | checkpoints | {f"final/{name}" for name in model}
-    assert (tmp_path / "checkpoints" / "last").resolve().name == "step-00000003"
+    assert (tmp_path / "checkpoints" / "last").resolve().name == "step-00000004"
 
 
 @EVERY_SCRIPT

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.data.prompts import example_prompt
 from rlhf.data.splits import IGNORE_INDEX, load_split
-from rlhf.evaluation import example_prompt, sampling_of, stop_ids
+from rlhf.evaluation import sampling_of, stop_ids
 from rlhf.flags import ModelFlags
 from rlhf.models.loading import load_policy, tokenizer_of
 from rlhf.rlhf_sft import SFTFlags, main

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.rows import Response, UnusableRowError, checked_text
 from rlhf.data.text import special_strings
+from rlhf.errors import UserError
 
 Message = Mapping[str, Any]
+
+LONGEST_RENDERING = 10.0
+"""Seconds that a template may take for one conversation; usual ones take less than a thousandth."""
 
 
 class ChatTemplate:
@@ -29,12 +35,25 @@ class ChatTemplate:
         self.special = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> str:
-        """The text of `messages`, and with `generation_prompt` of the start of the assistant's next turn."""
+        """The text of `messages`, and with `generation_prompt` of the start of the assistant's next turn.
+
+        Templates run in jinja's sandbox, which lets them see no attribute that leads out of it.
+
+        Raises:
+            UnusableRowError: the template refuses the conversation, or fails on it.
+            UserError: it takes longer than `LONGEST_RENDERING` (watched in the main thread of a process).
+        """
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            with _at_most(LONGEST_RENDERING):
+                return self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                )
+        except _LateError:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path!r} takes longer than {LONGEST_RENDERING:g} seconds "
+                f"for one conversation; take another tokenizer, or mend its chat_template"
+            ) from None
+        except Exception as error:  # a template is a program: it may raise anything
             raise UnusableRowError(
                 f"the chat template refuses the conversation ({error})", "follow the roles that the template wants"
             ) from error
@@ -44,7 +63,7 @@ class ChatTemplate:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UnusableRowError(f"{name!r} is no list of messages", "write it as JSON") from None
         if not isinstance(value, list) or not value:
             raise UnusableRowError(f"{name!r} is no list of messages", 'write [{"role": ..., "content": ...}]')
@@ -105,6 +124,29 @@ class ChatTemplate:
             return None
         end = self.special.search(response.pieces[-1][0])
         return end[0] if end else None
+
+
+class _LateError(Exception):
+    pass
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _LateError in the block after `seconds`, in the main thread and where the system has such a timer."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _LateError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[Sequence[Message], Message, Message]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -15,8 +13,10 @@ import torch
 
 from rlhf.data.packed import BLOCK_ROWS, IGNORE_INDEX, SCHEMAS, PackedRows, pack
 from rlhf.errors import UserError
+from rlhf.untrusted import UnreadableFileError, read_pickle
 
 _ALIGNMENT = 64
+_LIMIT = 1 << 31
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -57,11 +57,17 @@ def read_pt(path: Path, stage: str, *, ignore_index: int = IGNORE_INDEX) -> list
         UserError: the file needs code to load, is damaged, is no list of dicts, or has a row that can't be used;
             the message names the file, the row and the key.
     """
-    rows = _load(path)
+    try:
+        rows = read_pickle(path, mapped=True)
+    except FileNotFoundError:
+        raise UnreadableFileError(f"{path} is missing; prepare the data again") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a {type(rows).__name__}; it must hold a list of dicts, one for each row")
     for i, row in enumerate(rows):
         _check_types(path, stage, i, row)
+    _check_amount(path, stage, rows)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        _check_range(path, stage, rows[start : start + BLOCK_ROWS], start)
     for start, block in zip(
         range(0, len(rows), BLOCK_ROWS), pt_blocks(rows, stage, ignore_index=ignore_index), strict=True
     ):
@@ -79,23 +85,14 @@ def pt_blocks(rows: list[dict[str, Any]], stage: str, *, ignore_index: int) -> I
         yield block
 
 
-def _load(path: Path) -> Any:
-    try:
-        try:
-            return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise UserError(
-            f"{path} needs {name[1] if name else 'code'} to load, and files that need code are not loaded; "
-            "write a list of dicts of tensors, integers, booleans and strings with torch.save"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or no torch file ({reason}); write it again") from error
+def _check_amount(path: Path, stage: str, rows: list[dict[str, Any]]) -> None:
+    """Rows may be views of one storage, over and over: what they hold together must not be more than the file does."""
+    total = sum(len(row[column]) for row in rows for column in SCHEMAS[stage].sequences)
+    if total > path.stat().st_size:
+        raise UnreadableFileError(
+            f"{path} declares {total:,} ids, more than its {path.stat().st_size:,} bytes can hold: its rows share "
+            f"their memory; write rows of their own"
+        )
 
 
 def _check_types(path: Path, stage: str, i: int, row: Any) -> None:
@@ -111,15 +108,50 @@ def _check_types(path: Path, stage: str, i: int, row: Any) -> None:
         if key == "reference":
             if not isinstance(value, str):
                 _refuse(path, i, key, f"a {type(value).__name__}", "a string, which may be empty")
-        elif not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype not in _INTEGERS:
+            if not _is_unicode(value):
+                _refuse(path, i, key, "a string that UTF-8 can't write", "a string without lone surrogates")
+        elif not _is_ids(value):
             found = f"a {type(value).__name__}"
             if isinstance(value, torch.Tensor):
                 found = f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
             _refuse(path, i, key, found, "a 1-D int64 tensor")
     if isinstance(row["prompt_len"], bool) or not isinstance(row["prompt_len"], int):
         _refuse(path, i, "prompt_len", f"a {type(row['prompt_len']).__name__}", "an int")
+    if abs(row["prompt_len"]) >= _LIMIT:
+        _refuse(path, i, "prompt_len", "a number that needs more than 32 bits", "the length of the prompt")
     if "label" in schema.scalars and not isinstance(row["label"], bool):
         _refuse(path, i, "label", f"a {type(row['label']).__name__}", "True (good) or False")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_ids(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 1
+        and value.dtype in _INTEGERS
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+    )
+
+
+def _check_range(path: Path, stage: str, rows: list[dict[str, Any]], start: int) -> None:
+    """Ids are packed in 32 bits: larger ones would wrap around."""
+    for column in SCHEMAS[stage].sequences:
+        if column == "reference":
+            continue
+        values = [row[column].numpy() for row in rows]
+        flat = np.concatenate(values)
+        wide = np.flatnonzero((flat >= _LIMIT) | (flat < -_LIMIT))
+        if len(wide):
+            ends = np.cumsum([len(part) for part in values])
+            i = start + int(np.searchsorted(ends, wide[0], side="right"))
+            _refuse(path, i, column, f"the id {flat[wide[0]]}", "ids below 2**31")
 
 
 def _check_values(path: Path, block: PackedRows, start: int) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from rlhf.data.spool import Selection, Spool, SpooledRows, select
 from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
 from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
-from rlhf.files import write_json
+from rlhf.files import beside, sweep, write_json, writing
 from rlhf.paths import check_writable
 
 _POOL_PAYS_BYTES = 4 << 20
@@ -84,6 +83,7 @@ def prepare(
 
     Raises:
         UserError: a flag, source, tokenizer or row that can't be used; nothing is written then.
+        WriteError: the disk has no room; what was there is as it was.
     """
     check_flags(flags)
     destination = Path(flags.destination_dir).expanduser()
@@ -96,45 +96,48 @@ def prepare(
     started = time.perf_counter()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        sweep(destination.parent, target=destination.name)
+        work = beside(destination.absolute())
+        work.mkdir()
     except OSError as error:
         raise UserError(f"--destination_dir {destination} can't be written ({error.strerror})") from error
     try:
-        tally = _Tally()
-        num_workers = _num_workers(flags, sources)
-        spooled = _encode_sources(flags, encoder, sources, work, tally, num_workers)
-        shares = {"validation": flags.validation_percentage, "test": flags.test_percentage}
-        selections = select(
-            spooled,
-            {name: share for name, share in shares.items() if name not in sources},
-            remove_same_inputs=flags.remove_same_inputs,
-            shuffle=flags.shuffle,
-            seed=flags.seed,
-        )
-        counts = {name: selection.counts() for name, selection in selections.items()}
-        print(counts_table(counts))
-        if not len(selections["train"].index):
-            raise UserError(_nothing_left(flags, counts, tally))
-        out = work / "out"
-        out.mkdir()
-        files = _write_splits(out, flags, selections)
-        files |= _write_extras(out, work, flags, tally, selections)
-        seconds = time.perf_counter() - started
-        kind = tally.kinds.most_common(1)[0][0]
-        entry = {
-            "arguments": arguments or dataclasses.asdict(flags),
-            "tokenizer": {"name": flags.tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
-            "format": format_of(kind, tokenizer, prompt_template),
-            "counts": counts,
-            "bad_rows": tally.num_bad,
-            "boundary": {"checked": tally.boundary[0], "differ": tally.boundary[1]},
-            "lengths": tally.lengths.summary(),
-            "files": files,
-        }
-        info = data_info(destination)
-        info["stages"][flags.stage] = entry
-        write_json(out / "args.json", info)
-        _move_in(out, destination, flags.stage)
+        with writing(destination):
+            tally = _Tally()
+            num_workers = _num_workers(flags, sources)
+            spooled = _encode_sources(flags, encoder, sources, work, tally, num_workers)
+            shares = {"validation": flags.validation_percentage, "test": flags.test_percentage}
+            selections = select(
+                spooled,
+                {name: share for name, share in shares.items() if name not in sources},
+                remove_same_inputs=flags.remove_same_inputs,
+                shuffle=flags.shuffle,
+                seed=flags.seed,
+            )
+            counts = {name: selection.counts() for name, selection in selections.items()}
+            print(counts_table(counts))
+            if not len(selections["train"].index):
+                raise UserError(_nothing_left(flags, counts, tally))
+            out = work / "out"
+            out.mkdir()
+            files = _write_splits(out, flags, selections)
+            files |= _write_extras(out, work, flags, tally, selections)
+            seconds = time.perf_counter() - started
+            kind = tally.kinds.most_common(1)[0][0]
+            entry = {
+                "arguments": arguments or dataclasses.asdict(flags),
+                "tokenizer": {"name": flags.tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
+                "format": format_of(kind, tokenizer, prompt_template),
+                "counts": counts,
+                "bad_rows": tally.num_bad,
+                "boundary": {"checked": tally.boundary[0], "differ": tally.boundary[1]},
+                "lengths": tally.lengths.summary(),
+                "files": files,
+            }
+            info = data_info(destination)
+            info["stages"][flags.stage] = entry
+            write_json(out / "args.json", info)
+            _move_in(out, destination, flags.stage)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     _print_end(destination, tally, seconds, num_workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.splits import Split, check_tokenizer, has_split, load_split
 from rlhf.data.text import encode_pair
 from rlhf.errors import UserError
+from rlhf.untrusted import read_pickle
 
 STAGES_WITH_PROMPTS = ("prompts", "finetune", "preference", "feedback")
 
@@ -55,6 +57,23 @@ class Prompts:
 
 def _ids(row: dict) -> Tensor:
     return row["chosen_input_ids"] if "chosen_input_ids" in row else row["input_ids"]
+
+
+def example_prompt(data_dir: str) -> Tensor | None:
+    """Token ids (P,) of the prompt that `prepare_data.py` put beside the data; None where there is none.
+
+    Raises:
+        UserError: the file can't be read, or holds no prompt.
+    """
+    path = Path(data_dir) / "example_prompt.pt"
+    if not path.is_file():
+        return None
+    found = read_pickle(path)
+    ids = found.get("input_ids") if isinstance(found, dict) else None
+    is_prompt = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.layout == torch.strided
+    if not is_prompt or not 0 < ids.numel() <= path.stat().st_size:
+        raise UserError(f"{path} holds no prompt (a dict whose input_ids are int64); prepare the data again")
+    return ids.reshape(-1)
 
 
 def load_prompts(data_dir: str, name: str, tokenizer: PreTrainedTokenizerBase) -> Prompts | None:

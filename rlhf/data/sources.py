@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import re
-import shutil
 import sys
 import tempfile
 import zlib
@@ -25,7 +24,8 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 CHUNK_ROWS = 512
 _CHUNK_BYTES = 1 << 20
 _READ = 1 << 16
-_LARGEST_ITEM = 1 << 26
+_LARGEST_ITEM = 1 << 24
+_MOST_FOLD = 50
 _BETWEEN = re.compile(r"[\s,]*")
 _SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 
@@ -217,7 +217,10 @@ def _json_entries(file: IO[bytes], *, may_be_list: bool) -> Iterator[Entry]:
     if may_be_list and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         yield from _list_entries(file)
         return
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(_LARGEST_ITEM), b""), start=1):
+        if len(line) == _LARGEST_ITEM and not line.endswith(b"\n"):
+            yield Entry(number, _too_long("line"))
+            return
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
             yield Entry(number, line)
@@ -227,10 +230,12 @@ def _list_entries(file: IO[bytes]) -> Iterator[Entry]:
     """The items of a JSON list, one at a time; a syntax error ends the list, since what follows can't be placed."""
     decoder, text, line = json.JSONDecoder(), "", 1
     characters = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-    opened = False
+    opened, enough = False, 0
     while True:
         read = file.read1(_READ)  # type: ignore[attr-defined]
         text += characters.decode(read, final=not read)
+        if read and len(text) < enough:
+            continue
         position = 0
         while True:
             rest = _BETWEEN.match(text, position).end()
@@ -246,7 +251,10 @@ def _list_entries(file: IO[bytes]) -> Iterator[Entry]:
             try:
                 item, end = decoder.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
-                if not read or not isinstance(error, json.JSONDecodeError) or len(text) - position > _LARGEST_ITEM:
+                if len(text) - position > _LARGEST_ITEM:
+                    yield Entry(line, _too_long("row"))
+                    return
+                if not read or not isinstance(error, json.JSONDecodeError):
                     fix = "the rest of the file is lost with it; mend it there, or write one object a line"
                     yield Entry(line, _broken("the JSON list breaks off here", fix))
                     return
@@ -255,6 +263,8 @@ def _list_entries(file: IO[bytes]) -> Iterator[Entry]:
             line += text.count("\n", position, end)
             position = end
         text = text[position:]
+        # An item is parsed from its start each time: a long one not before there is twice as much of it.
+        enough = 2 * len(text) if len(text) > 4 * _READ else 0
         if not read:
             yield Entry(line, _broken("the JSON list is not closed", "the file was cut; copy it again"))
             return
@@ -263,8 +273,12 @@ def _list_entries(file: IO[bytes]) -> Iterator[Entry]:
 def _csv_entries(file: IO[bytes]) -> Iterator[Entry]:
     csv.field_size_limit(_LARGEST_ITEM)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")  # type: ignore[arg-type]
-    reader = csv.DictReader(text)
-    header = reader.fieldnames  # reads it, so that the next line is the first row
+    reader = csv.DictReader(_short_lines(text))
+    try:
+        header = reader.fieldnames  # reads it, so that the next line is the first row
+    except csv.Error as error:
+        yield Entry(1, _broken(f"no valid CSV ({error})", "write a header line with the names of the columns"))
+        return
     while header:
         line = reader.line_num + 1
         try:
@@ -272,6 +286,9 @@ def _csv_entries(file: IO[bytes]) -> Iterator[Entry]:
         except csv.Error as error:
             yield Entry(line, _broken(f"no valid CSV ({error})", "put the text in quotes, and double those inside"))
             continue
+        except _TooLongError:
+            yield Entry(line, _too_long("line"))
+            return
         if row is None:
             return
         if None in row:
@@ -281,13 +298,31 @@ def _csv_entries(file: IO[bytes]) -> Iterator[Entry]:
             yield Entry(line, {key: value for key, value in row.items() if value is not None})
 
 
+class _TooLongError(Exception):
+    pass
+
+
+def _short_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(_LARGEST_ITEM):
+        if len(line) == _LARGEST_ITEM and not line.endswith("\n"):
+            raise _TooLongError
+        yield line
+
+
 def _parquet_entries(path: Path, file: IO[bytes]) -> Iterator[Entry]:
     import pyarrow
     import pyarrow.parquet
 
     with tempfile.TemporaryFile() as seekable:
         if isinstance(file, gzip.GzipFile):
-            shutil.copyfileobj(file, seekable)
+            most = _LARGEST_ITEM + _MOST_FOLD * path.stat().st_size
+            while block := file.read(_READ):
+                seekable.write(block)
+                if seekable.tell() > most:
+                    raise UserError(
+                        f"{path} unpacks to more than {_MOST_FOLD} times its size, as no Parquet file does (it is "
+                        f"compressed in itself); write it without gzip"
+                    )
             seekable.seek(0)
             file = seekable  # type: ignore[assignment]
         number = 0
@@ -314,6 +349,13 @@ def _parquet_rows(batch: Any) -> list[Any]:
 
 def _position(raw: IO[bytes], size: int) -> int:
     return size if raw.closed else raw.tell()  # a text wrapper closes its file at the end
+
+
+def _too_long(what: str) -> UnusableRowError:
+    return _broken(
+        f"the {what} is longer than {_LARGEST_ITEM >> 20} MB",
+        "the rest of the file is lost with it; write one row a line",
+    )
 
 
 def _broken(reason: str, fix: str) -> UnusableRowError:

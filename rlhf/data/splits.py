@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from rlhf.data.twin import (
     DamagedTwinError,
     Twin,
     adopt_time,
+    check_row,
     file_hash,
     lengths_of,
     open_twin,
@@ -28,7 +28,8 @@ from rlhf.data.twin import (
     write_twin,
 )
 from rlhf.errors import UserError
-from rlhf.files import atomic_write
+from rlhf.files import WriteError, atomic_write
+from rlhf.untrusted import read_json
 
 try:
     import fcntl
@@ -59,6 +60,7 @@ class Split:
     name: str
     path: Path
     fingerprint: str
+    largest_id: int
     tokenizer: dict[str, str] | None
     format: dict[str, Any]
 
@@ -73,6 +75,7 @@ class Split:
 
     def _attach(self, twin: Twin) -> None:
         self._rows, self._hashes, self.fingerprint = twin.rows, twin.row_hashes, twin.fingerprint
+        self.largest_id = twin.largest_id
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -83,6 +86,12 @@ class Split:
             raise IndexError(f"row {i} of a split of {len(self)} rows")
         if self._rows.hash_of(i) != self._hashes[i].tobytes():
             self._attach(_build(self.path, self.stage, self._ignore_index, keep_if_fresh=False))
+        try:
+            check_row(self._rows, i, self.largest_id)
+        except DamagedTwinError as error:
+            raise UserError(
+                f"{self.path.with_suffix('.safetensors')}, {error}; remove that file, and it is rebuilt"
+            ) from None
         return self._rows.row(i)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -145,14 +154,21 @@ def data_info(data_dir: str | Path) -> dict[str, Any]:
     """What `args.json` says of a data folder: `{"stages": {stage: {...}}}`; without the file, no stage is known."""
     path = Path(data_dir) / "args.json"
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path, "prepare the data again", constants=True)
     except FileNotFoundError:
         return {"stages": {}}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} can't be read ({error}); prepare the data again") from error
-    if not isinstance(info, dict) or not isinstance(info.get("stages"), dict):
+    stages = info.get("stages")
+    if not isinstance(stages, dict) or not all(_is_entry(entry) for entry in stages.values()):
         raise UserError(f"{path} was not written by a prepare_data.py; prepare the data again")
     return info
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether `entry` has the parts of a stage's entry, each of its type, as far as it has them."""
+    if not isinstance(entry, dict):
+        return False
+    parts = (entry.get("tokenizer") or {}, entry.get("format", {}), entry.get("arguments", {}))
+    return all(isinstance(part, dict) for part in parts) and isinstance(parts[2].get("ignore_index", 0), int)
 
 
 def check_tokenizer(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -241,7 +257,7 @@ def _build(path: Path, stage: str, ignore_index: int, *, keep_if_fresh: bool) ->
             with atomic_write(twin_path) as temporary:
                 write_twin(temporary, stage, lengths, pt_blocks(rows, stage, ignore_index=ignore_index))
                 stamp_twin(temporary, path)
-        except OSError:
+        except (OSError, WriteError):
             return _build_elsewhere(stage, lengths, rows, ignore_index)
         return open_twin(twin_path)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.untrusted import check_folder, first_line
 
 _PROBE = "Hello  world,\n\nHuman: it's 12:45! Übergröße naïve 東京 مرحبا \t<b>x</b> = {y[0]}; 🙂 ﬁn"
 
@@ -46,20 +47,22 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     is_folder = Path(name).is_dir()
     if not is_folder and (name.startswith(("/", "./", "../")) or name.count("/") > 1 or not name):
         raise UserError(f"tokenizer {name!r}: no such folder; give a folder with a tokenizer, or a hub id")
+    if is_folder:
+        check_folder(name, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except Exception as error:  # of files that were tampered with, tokenizers and transformers raise anything
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"tokenizer {name!r} comes with its own code; pass --trust_remote_code=True if you trust it"
             ) from error
         if is_folder:
             raise UserError(
-                f"the folder {name!r} holds no tokenizer that can be loaded ({_first_line(error)}); "
+                f"the folder {name!r} holds no tokenizer that can be loaded ({first_line(error)}); "
                 "save one there with tokenizer.save_pretrained"
             ) from error
         raise UserError(
-            f"the tokenizer {name!r} can't be fetched from the hub ({_first_line(error)}); "
+            f"the tokenizer {name!r} can't be fetched from the hub ({first_line(error)}); "
             "check the id and the network, or give a local folder"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -202,8 +205,3 @@ def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the chat template."""
     text = json.dumps(tokenizer.chat_template, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(" .:")

@@ -2,9 +2,9 @@
 
 Layout: for each sequence column `c` the flat array `c` and its N + 1 `c.offsets`, each scalar column, and
 `row_hashes` (N, 2), the 128-bit hash of each row's content. The metadata holds the size and the hash of the `.pt`
-file beside it, the fingerprint of the whole (a hash of the row hashes), and a checksum of everything but the flat
-arrays, verified on opening. The flat arrays are verified row by row as they are read, by the row hashes: so damage
-is found however large the file, and a file is usable before it was read.
+file beside it, the largest token id, the fingerprint of the whole (a hash of the row hashes), and a checksum of
+everything but the flat arrays, verified on opening, as are the offsets. The flat arrays are verified row by row as they
+are read, by the row hashes: so damage is found however large the file, and a file is usable before it was read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from rlhf.data.packed import SCALAR_TYPES, SCHEMAS, PackedRows, offsets_of, sequence_type
+from rlhf.data.packed import IGNORE_INDEX, SCALAR_TYPES, SCHEMAS, STAGES, PackedRows, offsets_of, sequence_type
+from rlhf.untrusted import UnreadableFileError, open_file
 
-VERSION = "rlhf-split-1"
+VERSION = "rlhf-split-2"
 _DTYPES = {"I64": "<i8", "U64": "<u8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 _NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
 _UNKNOWN_HASH = "0" * 32
@@ -40,6 +41,7 @@ class Twin:
         self.fingerprint = metadata["fingerprint"]
         self.pt_size = int(metadata["pt_size"])
         self.pt_hash = metadata["pt_hash"]
+        self.largest_id = int(metadata["largest_id"])
 
 
 def write_twin(path: Path, stage: str, lengths: dict[str, np.ndarray], blocks: Iterable[PackedRows]) -> str:
@@ -68,6 +70,7 @@ def write_twin(path: Path, stage: str, lengths: dict[str, np.ndarray], blocks: I
         "stage": stage,
         "pt_size": "0" * 20,
         "pt_hash": _UNKNOWN_HASH,
+        "largest_id": f"{0:010d}",
         "fingerprint": _UNKNOWN_HASH,
         "checksum": _UNKNOWN_HASH,
     }
@@ -75,9 +78,10 @@ def write_twin(path: Path, stage: str, lengths: dict[str, np.ndarray], blocks: I
     with open(path, "wb") as file:
         file.truncate(len(header) + position)
         cursors = {c: len(header) + layout[c]["data_offsets"][0] for c in schema.sequences}
-        start = 0
+        start, largest = 0, 0
         for block in blocks:
             stop = start + len(block)
+            largest = max([largest, *(int(block.flat[c].max(initial=0)) for c in id_columns(stage))])
             arrays["row_hashes"][start:stop] = block.hashes()
             for name in schema.scalars:
                 arrays[name][start:stop] = block.scalars[name]
@@ -91,6 +95,7 @@ def write_twin(path: Path, stage: str, lengths: dict[str, np.ndarray], blocks: I
         for name, array in arrays.items():
             file.seek(len(header) + layout[name]["data_offsets"][0])
             file.write(array.tobytes())
+        metadata["largest_id"] = f"{largest:010d}"
         metadata["fingerprint"] = xxhash.xxh3_128_hexdigest(stage.encode() + arrays["row_hashes"].tobytes())
         metadata["checksum"] = _checksum(layout, metadata, arrays)
         file.seek(0)
@@ -125,9 +130,9 @@ def open_twin(path: Path) -> Twin:
     """
     layout, metadata, start = _read_header(path)
     stage = metadata.get("stage", "")
-    if metadata.get("format") != VERSION or stage not in SCHEMAS:
+    if metadata.get("format") != VERSION or stage not in STAGES:
         raise DamagedTwinError(f"{path} is no packed split of this version")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     schema = SCHEMAS[stage]
     try:
@@ -144,9 +149,55 @@ def open_twin(path: Path) -> Twin:
             {name: index[name] for name in schema.scalars},
             maps=(data,),
         )
+        _check_index(rows, index["row_hashes"])
         return Twin(rows, index["row_hashes"], metadata)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, OverflowError, TypeError, ValueError) as error:
         raise DamagedTwinError(f"the header of {path} is damaged: {error!r}") from error
+
+
+def _check_index(rows: PackedRows, row_hashes: np.ndarray) -> None:
+    """Raise ValueError unless every row lies within the flat arrays, and its prompt within the row."""
+    stage, prompt_lens = rows.stage, rows.scalars["prompt_len"]
+    shapes = [values.shape for values in rows.scalars.values()] + [values.shape[:1] for values in (row_hashes,)]
+    if row_hashes.shape != (len(rows), 2) or row_hashes.dtype != "<u8" or len(set(shapes)) != 1:
+        raise ValueError("it has other numbers of rows in each column")
+    if any(rows.scalars[name].dtype != SCALAR_TYPES[name] for name in rows.scalars):
+        raise ValueError("a scalar is of another type")
+    for column, offsets in rows.offsets.items():
+        flat = rows.flat[column]
+        if offsets.dtype != "<i8" or flat.dtype != sequence_type(column) or flat.ndim != 1:
+            raise ValueError(f"{column} is of another type")
+        if offsets.shape != (len(rows) + 1,) or offsets[0] != 0 or offsets[-1] != len(flat):
+            raise ValueError(f"the offsets of {column} do not span it")
+        lengths = np.diff(offsets)
+        room = lengths - prompt_lens
+        if (lengths < 0).any():
+            raise ValueError(f"the offsets of {column} fall")
+        is_bad = (prompt_lens < 1) | ((room != 0) if stage == "prompts" else (room < 1))
+        if column in id_columns(stage) and is_bad.any():
+            raise ValueError(f"a prompt is longer than its {column}")
+    if stage == "finetune" and not np.array_equal(rows.offsets["input_ids"], rows.offsets["targets"]):
+        raise ValueError("targets are not as long as input_ids")
+
+
+def check_row(rows: PackedRows, i: int, largest_id: int) -> None:
+    """Raise DamagedTwinError where row `i` holds an id below 0 or above `largest_id`, or a text that is no UTF-8."""
+    for column in SCHEMAS[rows.stage].sequences:
+        values = rows.sequence(column, i)
+        if column == "reference":
+            try:
+                values.tobytes().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DamagedTwinError(f"row {i}, {column!r}: {error}") from None
+        elif len(values):
+            low = values[values != IGNORE_INDEX].min(initial=0) if column == "targets" else values.min()
+            if low < 0 or values.max() > largest_id:
+                raise DamagedTwinError(f"row {i}, {column!r}: an id below 0 or above {largest_id}")
+
+
+def id_columns(stage: str) -> list[str]:
+    """The columns of token ids that go through a model."""
+    return [column for column in SCHEMAS[stage].sequences if column.endswith("input_ids")]
 
 
 def file_hash(path: Path) -> str:
@@ -170,7 +221,11 @@ def _encode_header(layout: dict, metadata: dict[str, str]) -> bytes:
 
 
 def _read_header(path: Path) -> tuple[dict, dict[str, str], int]:
-    with open(path, "rb") as file:
+    try:
+        file = open_file(path)
+    except UnreadableFileError as error:
+        raise DamagedTwinError(str(error)) from None
+    with file:
         size = file.read(8)
         length = struct.unpack("<Q", size)[0] if len(size) == 8 else 0
         if not 0 < length < 1 << 20:
@@ -179,7 +234,9 @@ def _read_header(path: Path) -> tuple[dict, dict[str, str], int]:
     try:
         layout = json.loads(text)
         metadata = layout.pop("__metadata__")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("its metadata are no strings")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedTwinError(f"the header of {path} is damaged: {error!r}") from error
     return layout, metadata, 8 + length
 

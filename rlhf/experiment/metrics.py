@@ -6,6 +6,13 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from rlhf.masked import widest
+
+
+def _wide(x: Tensor | float) -> Tensor | float:
+    """Float64, in which a step may have any number of tokens, and without a graph; Apple's devices have float32."""
+    return x.detach().to(widest(x.device)) if isinstance(x, Tensor) else x
+
 
 class Metrics:
     """Sums and counts, reduced once: `reduce()` gives sum / count over every device and micro-batch."""
@@ -19,9 +26,8 @@ class Metrics:
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add a sum over `count` rows or tokens; tensors stay where they are until `reduce`."""
-        total = total.detach().double() if isinstance(total, Tensor) else total
-        self._sums[name] = self._sums.get(name, 0.0) + total
-        self._counts[name] = self._counts.get(name, 0.0) + count
+        self._sums[name] = self._sums.get(name, 0.0) + _wide(total)
+        self._counts[name] = self._counts.get(name, 0.0) + _wide(count)
 
     def mean(self, name: str, values: Tensor, weight: float = 1.0) -> None:
         """Add every element of `values`; `weight` 0 adds nothing but keeps the name on every device."""

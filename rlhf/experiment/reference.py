@@ -15,16 +15,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from rlhf.data.splits import Split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Run
-from rlhf.files import atomic_write
+from rlhf.files import WriteError, atomic_write, sweep
 from rlhf.models.policy import Policy
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
+from rlhf.untrusted import UnreadableFileError, read_tensors
 
 Row = TypeVar("Row", bound=Hashable)
 
@@ -40,6 +41,7 @@ class ReferenceLogps:
 
     Attributes:
         computed: how many of the branches had to be computed; the others were on disk.
+        nonfinite: the rows with a log-probability that is not finite.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class ReferenceLogps:
     ) -> None:
         self._place = {row: i for i, row in enumerate(rows)}
         self._flat, self._offsets, self._branches, self.computed = flat, offsets, branches, computed
+        self.nonfinite: list[Hashable] = []
+        if not flat.isfinite().all():
+            self.nonfinite = [row for row in rows if not self.tokens([row]).isfinite().all()]
 
     def sums(self, rows: Sequence[Hashable]) -> Tensor:
         """(len(rows) * branches,) float32 log-probabilities of the responses, in packed order.
@@ -140,7 +145,9 @@ def reference_logps(
     """
     keys, lengths, prompts, branches = _keys(rows, tree_of)
     path = folder / f"{model_fingerprint(policy.module, run.precision)}.safetensors"
-    known = _read(path)
+    tokens = dict(zip(keys, lengths, strict=True))
+    stored = _read(path).items()
+    known = {key: logps for key, logps in stored if logps.shape == (tokens.get(key, len(logps)),)}
     num_missing = sum(key not in known for key in keys)
     if num_missing:
         missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal responses once
@@ -153,11 +160,25 @@ def reference_logps(
         for part, values in zip(work, _compute(run, policy, work, tree_of_part, micro_batch_size), strict=True):
             known.update((keys[i], logps) for i, logps in zip(part, values, strict=True))
         if run.rank == 0:
-            _write(path, known, run)
+            _write(path, {key: logps for key, logps in known.items() if np.isfinite(logps).all()}, run)
     offsets = [0, *accumulate(lengths)]
     flat = torch.from_numpy(np.concatenate([known[key] for key in keys]) if keys else np.empty(0, np.float32))
     run.fabric.barrier()
     return ReferenceLogps(rows, flat.to(run.device), offsets, branches, num_missing)
+
+
+def check_reference(run: Run, stored: ReferenceLogps, split: Split) -> None:
+    """Stop before the first step where a step would have to stop: at rows that the reference has no number for.
+
+    Raises:
+        UserError: there are such rows, and `--skip_nonfinite_steps` allows no step to be skipped; it names them.
+    """
+    rows = sorted({row if isinstance(row, int) else row[0] for row in stored.nonfinite})
+    if rows and not run.flags.skip_nonfinite_steps:
+        raise UserError(
+            f"the reference's log-probabilities of rows {rows} of {split.path} are not finite; leave these rows out, "
+            f"take another model or --precision=32-true, or skip their steps with --skip_nonfinite_steps"
+        )
 
 
 def model_fingerprint(policy: Policy, precision: str) -> str:
@@ -223,24 +244,27 @@ def _compute(
 
 def _read(path: Path) -> dict[bytes, np.ndarray]:
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError):
+        stored = {name: value.numpy() for name, value in read_tensors(path).items()}
+        keys, offsets, flat = stored["keys"], stored["offsets"], stored["logps"]
+        digest = int(stored["checksum"][0])
+        if xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes()) != digest:
+            return {}
+        return {keys[i].tobytes(): flat[offsets[i] : offsets[i + 1]] for i in range(len(keys))}
+    except (OSError, UnreadableFileError, KeyError, IndexError, TypeError, ValueError):
         return {}
-    keys, offsets, flat = stored["keys"], stored["offsets"], stored["logps"]
-    digest = int(stored["checksum"][0])
-    if xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes()) != digest:
-        return {}
-    return {keys[i].tobytes(): flat[offsets[i] : offsets[i + 1]] for i in range(len(keys))}
 
 
 def _write(path: Path, known: dict[bytes, np.ndarray], run: Run) -> None:
+    if not known:
+        return
     keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
     flat = np.concatenate(list(known.values())).astype(np.float32)
     offsets = np.concatenate([[0], np.cumsum([len(v) for v in known.values()])]).astype(np.int64)
     checksum = xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes())
     table = {"keys": keys.copy(), "offsets": offsets, "logps": flat, "checksum": np.array([checksum], dtype=np.uint64)}
     try:
+        sweep(path.parent, target=path.name)
         with atomic_write(path) as temporary:
             save_file(table, temporary)
-    except OSError as error:
-        run.say(f"note: {path} cannot be written ({error.strerror}); the reference will be computed again next time")
+    except (OSError, WriteError) as error:
+        run.say(f"note: the reference's log-probabilities will be computed again next time: {error}")

@@ -3,55 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
-import signal
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from rlhf.data.prompts import Prompts, load_prompts
+from rlhf.data.prompts import Prompts, example_prompt, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
-from rlhf.errors import UserError
-from rlhf.experiment.checkpoints import Checkpoints
+from rlhf.errors import NonFiniteError, UserError
+from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
 from rlhf.experiment.devices import make_fabric
-from rlhf.experiment.logs import Logs, check_logger, environment
+from rlhf.experiment.fits import check_prompt, check_split, check_vocabulary
+from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
+from rlhf.experiment.lifeline import Lifeline, hold
+from rlhf.experiment.logs import Logs, check_logger, environment, finite_or_null
 from rlhf.experiment.metrics import Metrics
+from rlhf.experiment.signals import Signals
 from rlhf.experiment.steps import Step
-from rlhf.files import atomic_dir, write_json
-from rlhf.models.loading import Role, save_model
+from rlhf.files import WriteError, sweep, write_json
+from rlhf.models.forward import unwrapped
+from rlhf.models.loading import Role
 from rlhf.paths import check_writable
-from rlhf.trees.batches import cut, num_steps, rows_of_rank, rows_of_step
+from rlhf.trees.batches import cut, largest_micro_batch, num_steps, rows_of_rank, rows_of_step
 
 
 def start_experiment(flags: Any, script: str) -> Run:
     """Set up devices and seeds for `script`; nothing is written before `Run.steps` begins.
 
     Raises:
-        UserError: flags that contradict each other, or an experiment folder that is taken.
+        UserError: flags that contradict each other, an experiment folder that is taken, or one to resume that isn't
+            there.
     """
     folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if flags.resume and not flags.experiment_dir:
         raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
     if flags.resume and not folder.is_dir():
-        raise UserError(f"--experiment_dir={folder} holds no run to go on with; start it without --resume")
-    if not flags.resume and (folder / "args.json").exists():
+        raise UserError(f"--experiment_dir={folder}: there is no run there to resume; leave --resume out to start it")
+    if flags.keep_weights and not flags.keep_checkpoints:
+        raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
+    if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
         raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
     check_writable(folder, "experiment_dir")
     check_logger(flags.logger)
-    fabric = make_fabric(flags)
+    fabric, why = make_fabric(flags)
     if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
         fabric.launch()
+    lifeline = hold(fabric.global_rank, fabric.world_size, fabric.broadcast)
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
-    return Run(fabric, flags, script, folder)
+    run = Run(fabric, flags, script, folder, lifeline)
+    run.say(f"{script}: {why}")
+    return run
+
+
+def claimed(folder: Path) -> Path:
+    """Make a folder that nobody else has: this one, or with -2, -3 and so on where other runs have taken its name.
+
+    Runs that start in one second, or in an hour that the clock repeats, come to the same name.
+    """
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    name = folder
+    while True:
+        try:
+            name.mkdir(parents=True)
+        except FileExistsError:
+            name = next(names)
+        except OSError:
+            return name  # the first write into it says why
+        else:
+            return name
 
 
 class Run:
@@ -61,9 +92,12 @@ class Run:
         fabric, rank, world_size, device: of Lightning Fabric.
         folder: the experiment folder.
         step_index: optimiser steps finished.
+        interrupted: it was asked to stop, and did before its last step.
+        ended: it was resumed after its end: there is nothing left to do.
     """
 
-    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path) -> None:
+    def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path, lifeline: Lifeline | None = None) -> None:
+        self._lifeline = lifeline
         self.fabric, self.flags, self.script, self.folder = fabric, flags, script, folder
         self.rank, self.world_size, self.device = fabric.global_rank, fabric.world_size, fabric.device
         self.precision = str(fabric.strategy.precision.precision)
@@ -71,14 +105,20 @@ class Run:
         self.total_steps = 0
         self.skipped_steps = 0
         self.modules: list[nn.Module] = []
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=flags.keep_checkpoints, world_size=self.world_size)
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", keep=flags.keep_checkpoints, keep_weights=flags.keep_weights
+        )
         self.logs: Logs | None = None
-        self.interrupted = False
-        self._stop_requested = False
+        self.interrupted = self.ended = False
+        self._signals, self._save_asked = Signals(), False
+        self._identity = Identity(script, flags, self.world_size)
+        self._log_sizes: dict[str, int] = {}
         self._evaluated_at = self._saved_at = -1
         self._values: dict[str, float] = {}
         self._step: Step | None = None
         self._data_info: dict = {}
+        self._read: list[tuple[Split, int | None]] = []
+        self._tokenizer: Any = None
 
     def say(self, text: str) -> None:
         """Print once, not once a device."""
@@ -98,7 +138,7 @@ class Run:
         for split in (train, validation):
             if split is not None:
                 check_tokenizer(split, tokenizer)
-                self._note(split)
+                self._note(split, tokenizer)
         return train, validation
 
     def load_prompts(self, name: str, tokenizer) -> Prompts | None:
@@ -106,16 +146,34 @@ class Run:
         with self.fabric.rank_zero_first(local=True):
             prompts = load_prompts(self.flags.data_dir, name, tokenizer)
         if prompts is not None:
-            self._note(prompts.split)
+            self._note(prompts.split, tokenizer, new_tokens=getattr(self.flags, "max_new_tokens", 0))
         return prompts
 
-    def _note(self, split: Split) -> None:
-        """For data.json: how the data was made, and a hash of the rows of every split that the run reads."""
+    def _note(self, split: Split, tokenizer, *, new_tokens: int | None = None) -> None:
+        """For data.json: how the data was made, and a hash of the rows of every split that the run reads.
+
+        For `setup`, which sees the models: what has to fit them.
+        """
+        self._tokenizer = tokenizer
+        self._read.append((split, new_tokens))
         read = {**self._data_info.get("read", {}), f"{split.stage}_{split.name}": split.fingerprint}
         self._data_info = {**data_info(self.flags.data_dir), "read": read}
 
     def setup(self, module: nn.Module) -> nn.Module:
-        """Move a model to this run's device and under its strategy."""
+        """Move a model to this run's device and under its strategy.
+
+        Raises:
+            UserError: a row of the splits that were loaded, or a token of their tokenizer, does not fit the model.
+        """
+        model = unwrapped(module.model)
+        if self._tokenizer is not None:
+            check_vocabulary(self._tokenizer, model)
+        for split, new_tokens in self._read:
+            check_split(split, model, new_tokens=new_tokens)
+        prompt = example_prompt(self.flags.data_dir)
+        if prompt is not None and hasattr(self.flags, "max_new_tokens"):
+            where = f"{self.flags.data_dir}/example_prompt.pt"
+            check_prompt(prompt, self.flags.max_new_tokens, model, where)
         module.own_parameters()
         module = self.fabric.setup_module(module)
         self.modules.append(module)
@@ -139,44 +197,103 @@ class Run:
         )
         return self.total_steps
 
-    def open(self) -> None:
-        """Create the experiment folder, or take up the one that is resumed."""
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            arguments = {**dataclasses.asdict(self.flags), "experiment_dir": str(self.folder)}
-            write_json(self.folder / "args.json", arguments)
-            write_json(self.folder / "environment.json", environment(self.fabric))
-            write_json(self.folder / "data.json", self._data_info)
-            self.logs = Logs(self.folder, self.flags.logger, self.script, resume_at=self.step_index)
-        self.fabric.barrier()
-        self.say(f"{self.script}: writing to {self.folder}")
+    def restore(
+        self,
+        models: dict[str, Role],
+        optimizers: dict[str, Optimizer],
+        states: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """With `--resume`, load the last whole checkpoint into models, optimisers and states. Call it before `open`.
 
-    def restore(self, models: dict[str, Role], optimizers: dict[str, Optimizer]) -> dict[str, Any]:
-        """With `--resume`, load the last whole checkpoint into models and optimisers; returns its extra state.
-
-        Without, an empty dict. Call it before `open`.
+        A run that was killed before its first checkpoint begins at its first step; one that has ended stays as it is.
 
         Raises:
-            UserError: there is no whole checkpoint, a part of it is missing, or a flag would make it another run.
+            UserError: there is no whole checkpoint, a part of it is missing, or a flag, the data or a model that the
+                run reads has changed.
         """
+        read = self._data_info.get("read", {})
+        self._identity = dataclasses.replace(self._identity, data=read, models=model_fingerprints(self.flags))
         if not self.flags.resume:
-            return {}
-        self.step_index, extra = self.checkpoints.load_last(self.flags, models, optimizers)
-        self.skipped_steps, self._evaluated_at = extra.pop("skipped_steps"), extra.pop("evaluated_at")
-        self._saved_at = self.step_index
-        self.say(f"{self.script}: resumed {self.folder} after step {self.step_index}")
-        return extra
+            return
+        if self.rank == 0:
+            for folder in (self.folder, self.checkpoints.folder):
+                for name in sweep(folder):
+                    self.say(f"note: cleared {folder / name}, which a killed run left")
+        self.fabric.barrier()
+        begun = record_in(self.folder)
+        if begun is not None and has_ended(self.folder, self.total_steps):
+            self._identity.check(begun, self.folder)
+            self.ended, self.step_index = True, self.total_steps
+            self.say(f"{self.script}: {self.folder} ended after step {self.step_index}; there is nothing left to do")
+        elif self.checkpoints.any_trace():
+            self.step_index, extra = self.checkpoints.load_last(self._identity, models, optimizers)
+            where = self.checkpoints.folder / f"step-{self.step_index:08d}"
+            for name, state in (states or {}).items():
+                load_state(state, extra, name, where)
+            self.skipped_steps, self._evaluated_at, self._log_sizes = (
+                part_of(extra, name, where) for name in ("skipped_steps", "evaluated_at", "log_sizes")
+            )
+            self._saved_at = self.step_index
+            self._on_first(lambda: self.checkpoints.settle(self.step_index))
+            self.say(f"{self.script}: resumed {self.folder} after step {self.step_index}")
+        elif begun is None:
+            self.say(f"note: {self.folder} holds no whole record of a run yet; it begins at the first step")
+        else:
+            self._identity.check(begun, self.folder)
+            self.say(f"note: {self.folder} holds no checkpoint yet; the run begins again at the first step")
+
+    def open(self) -> None:
+        """Create the experiment folder, or take up the one that is resumed.
+
+        Raises:
+            WriteError: the disk has no room for it.
+        """
+        if self.ended:
+            return
+        if not self.flags.experiment_dir:
+            self.folder = Path(self.fabric.broadcast(str(claimed(self.folder)) if self.rank == 0 else ""))
+            self.checkpoints.folder = self.folder / "checkpoints"
+        fault = self._on_first(self._open)
+        if fault is not None:
+            raise WriteError(fault)
+        self.say(f"{self.script}: writing to {self.folder}")
+
+    def _open(self) -> None:
+        arguments = {**dataclasses.asdict(self.flags), "experiment_dir": str(self.folder)}
+        write_json(self.folder / "args.json", arguments)
+        write_json(self.folder / "environment.json", environment(self.fabric))
+        write_json(self.folder / "data.json", {**self._data_info, "models": self._identity.models})
+        self.logs = Logs(self.folder, self.flags.logger, self.script, sizes=self._log_sizes)
+
+    def _on_first(self, write: Callable[[], None]) -> str | None:
+        """Call `write` on the first device; returns, on every device, why it could not write."""
+        fault = None
+        if self.rank == 0:
+            try:
+                write()
+            except WriteError as error:
+                fault = str(error)
+        return self.fabric.broadcast(fault)
 
     def evaluate_if_due(self, assess: Callable[[], dict[str, float]]) -> None:
         """At every `--eval_interval`-th step, the first included: log what `assess` measures."""
         interval = self.flags.eval_interval
         if interval > 0 and self.step_index % interval == 0 and self._evaluated_at != self.step_index:
+            began = time.perf_counter()
             self._evaluate(assess)
-            self._step.began = time.perf_counter()
+            self._step.began += time.perf_counter() - began
+        self._seed_step()  # what follows depends neither on the evaluation nor on whether a resumed run repeats it
 
     def _evaluate(self, assess: Callable[[], dict[str, float]]) -> None:
         began = time.perf_counter()
-        self._values = assess()
+        self._seed_step()
+        try:
+            self._values = assess()
+        except NonFiniteError as error:
+            self.say(f"warning: no evaluation after step {self.step_index}: {error}")
+            self._values = {}
+        if wrong := [name for name, value in self._values.items() if not math.isfinite(value)]:
+            self.say(f"warning: {', '.join(wrong)} of the evaluation after step {self.step_index} are not finite")
         self._evaluated_at = self.step_index
         if self._values:
             self.log({**self._values, "perf/evaluation_seconds": time.perf_counter() - began})
@@ -184,44 +301,68 @@ class Run:
             self.say(f"  after step {self.step_index}: {shown}")
 
     def save_if_due(
-        self, models: dict[str, Role], optimizers: dict[str, Optimizer], tokenizer, extra: dict | None = None
+        self,
+        models: dict[str, Role],
+        optimizers: dict[str, Optimizer],
+        tokenizer,
+        states: Mapping[str, Stateful] | None = None,
     ) -> None:
-        """At every `--save_interval`-th step: write a checkpoint."""
-        interval = self.flags.save_interval
-        if interval > 0 and self.step_index > 0 and self.step_index % interval == 0:
-            self._save(models, optimizers, tokenizer, extra)
-            self._step.began = time.perf_counter()
+        """At every `--save_interval`-th step, and after SIGUSR1: write a checkpoint.
 
-    def _save(self, models, optimizers, tokenizer, extra) -> None:
+        Where the disk has no room for it the run goes on, and says so; the next one is tried when it is due.
+        """
+        interval = self.flags.save_interval
+        if self._save_asked or (interval > 0 and self.step_index > 0 and self.step_index % interval == 0):
+            began = time.perf_counter()
+            self._save(models, optimizers, tokenizer, states)
+            self._step.began += time.perf_counter() - began
+
+    def _save(self, models, optimizers, tokenizer, states, *, must: bool = False) -> None:
+        """Write a checkpoint; where it cannot be written, raise WriteError if it `must`, else say so."""
         if self._saved_at == self.step_index:
             return
-        if self.rank == 0:
-            kept = {"skipped_steps": self.skipped_steps, "evaluated_at": self._evaluated_at}
-            self.checkpoints.save(self.step_index, self.flags, models, optimizers, tokenizer, {**(extra or {}), **kept})
-        self._saved_at = self.step_index
-        self.fabric.barrier()
+
+        def write() -> None:
+            extra = {name: state.state_dict() for name, state in (states or {}).items()}
+            extra |= {"skipped_steps": self.skipped_steps, "evaluated_at": self._evaluated_at}
+            extra["log_sizes"] = self.logs.sizes()
+            self.checkpoints.save(self.step_index, self._identity, models, optimizers, tokenizer, extra)
+
+        fault = self._on_first(write)
+        if fault is None:
+            self._saved_at = self.step_index
+        elif must:
+            raise WriteError(self._go_on(fault))
+        else:
+            self.say(f"warning: no checkpoint after step {self.step_index}: {fault}; training goes on meanwhile")
+
+    def _go_on(self, fault: str) -> str:
+        after = f"from the checkpoint after step {self._saved_at}" if self._saved_at >= 0 else "from the first step"
+        return f"{fault}, then go on {after} with --resume=True"
 
     def save_best(self, role: Role, tokenizer, metric: str, value: float, *, higher: bool) -> None:
-        """Keep these weights as `checkpoints/best` if `value` beats the best so far."""
-        if self.rank == 0 and self.flags.save_interval > 0:
-            self.checkpoints.save_best(self.step_index, role, tokenizer, metric, value, higher=higher)
-        self.fabric.barrier()
+        """Keep these weights as `checkpoints/best` if `value` is finite and the best so far, and the disk has room."""
+        if self.flags.save_interval <= 0 or not math.isfinite(value):
+            return
+        fault = self._on_first(
+            lambda: self.checkpoints.save_best(self.step_index, role, tokenizer, metric, value, higher=higher)
+        )
+        if fault is not None:
+            self.say(f"warning: the best weights so far are not kept: {fault}; training goes on meanwhile")
 
     def steps(self, num_rows: int) -> Iterator[Step]:
         """The optimiser steps that are still to do, each with this device's rows.
 
         A step's rows, dropout and sampling depend on the seed and the step alone, so a resumed run goes on as
-        the unbroken one. SIGTERM and SIGINT end the loop after the step in hand (`interrupted` is then True).
+        the unbroken one. SIGTERM and SIGINT end the loop after the step in hand (`interrupted` is then True); SIGUSR1
+        has the next `save_if_due` save.
         """
         if self.total_steps == 0:
             self.plan(num_rows)
-        previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        for s in previous:
-            signal.signal(s, self._request_stop)
         bar = tqdm(
             total=self.total_steps, initial=self.step_index, desc=self.script, disable=self.rank != 0, mininterval=1.0
         )
-        try:
+        with bar, self._signals.listening():
             while self.step_index < self.total_steps:
                 rows = rows_of_step(
                     self.step_index, num_rows, self.global_batch, seed=self.flags.seed, shuffle=self.flags.shuffle
@@ -232,33 +373,50 @@ class Run:
                 self.step_index += 1
                 bar.update(1)
                 self._step.finish(bar)
-                if self._asked_to_stop():
+                stop, self._save_asked = self._asked()
+                if stop:
                     self.interrupted = self.step_index < self.total_steps
                     break
-        finally:
-            bar.close()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
 
-    def _request_stop(self, *_: Any) -> None:
-        self._stop_requested = True
-
-    def _asked_to_stop(self) -> bool:
-        if self.world_size == 1:
-            return self._stop_requested
-        flag = torch.tensor(float(self._stop_requested), device=self.device)
-        return bool(self.fabric.all_reduce(flag, reduce_op="max") > 0)
+    def _asked(self) -> tuple[bool, bool]:
+        """Whether any device was asked by a signal to stop, and to save."""
+        signals = self._signals
+        asked = torch.tensor([signals.stop, signals.save], dtype=torch.float32, device=self.device)
+        if self.world_size > 1:
+            asked = self.fabric.all_reduce(asked, reduce_op="max")
+        signals.save = False
+        stop, save = asked.tolist()
+        return stop > 0, save > 0
 
     def _seed_step(self) -> None:
-        """Dropout masks of this step: of the seed, the step and the device."""
-        seed = (self.flags.seed * 1_000_003 + self.step_index) * 1_009 + self.rank
-        torch.manual_seed(seed % 2**63)
+        """Whatever draws in this step (dropout, a reward's own code): of the seed, the step and the device."""
+        seed = ((self.flags.seed * 1_000_003 + self.step_index) * 1_009 + self.rank) % 2**63
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
 
     def rows_to_train(self, num_rows: int) -> list[int]:
         """The rows of all steps of the run, each once: where `plan` ends within the first epoch, not all rows."""
         flags = self.flags
         window = self.total_steps * self.global_batch
         return sorted(rows_of_step(0, num_rows, window, seed=flags.seed, shuffle=flags.shuffle))
+
+    def largest_micro_batch(self, tokens: Tensor) -> list[int]:
+        """The rows of the micro-batch, of all steps and devices, with the most distinct tokens ((num_rows,) `tokens`).
+
+        In RL that of the prompts, were a rollout trained on in the order in which it was sampled.
+        """
+        flags = self.flags
+        return largest_micro_batch(
+            tokens,
+            total_steps=self.total_steps,
+            mini_batch=self.global_batch // self.world_size,
+            world_size=self.world_size,
+            micro_batch_size=min(flags.micro_batch_size, flags.mini_batch_size),
+            micro_batch_tokens=flags.micro_batch_tokens,
+            seed=flags.seed,
+            shuffle=flags.shuffle,
+        )
 
     def rows_to_evaluate(self, num_rows: int, limit: int) -> range:
         """The rows of the first `limit` validation mini-batches (0: all), over all devices, in file order."""
@@ -310,26 +468,42 @@ class Run:
         optimizers: dict[str, Optimizer],
         tokenizer,
         assess: Callable[[], dict[str, float]],
-        extra: dict | None = None,
+        states: Mapping[str, Stateful] | None = None,
     ) -> dict[str, Any]:
-        """End the run: the last evaluation and `final/`, or, where it was asked to stop, a checkpoint to resume.
+        """End the run: a last checkpoint, evaluation and `final/`; where it was asked to stop, the checkpoint alone.
 
         Returns:
             The last evaluation, the steps done, and the experiment folder; also written as summary.json.
+
+        Raises:
+            WriteError: the disk has no room for `final/`, or for the checkpoint of a run that was asked to stop.
         """
-        if self.interrupted:
-            self._save(models, optimizers, tokenizer, extra)
-            self.say(f"{self.script}: stopped after step {self.step_index}; go on with --resume=True")
-        else:
-            if self._evaluated_at != self.step_index:
+        if self.ended:
+            self._let_go()
+            return summary_in(self.folder)
+        with self._signals.listening():
+            if self.interrupted or self.flags.save_interval > 0 or self._save_asked:
+                self._save(models, optimizers, tokenizer, states, must=self.interrupted)
+            if self.interrupted:
+                self.say(f"{self.script}: stopped after step {self.step_index}; go on with --resume=True")
+            elif self._evaluated_at != self.step_index:
                 self._evaluate(assess)
-            if self.rank == 0:
-                with atomic_dir(self.folder / "final") as temporary:
-                    save_model(models["model"], tokenizer, temporary)
-        summary = {**self._values, "steps": self.step_index, "experiment_dir": str(self.folder)}
-        if self.rank == 0:
-            if not self.interrupted:
-                write_json(self.folder / "summary.json", summary)
-            self.logs.close()
-        self.fabric.barrier()
+            summary = {**self._values, "steps": self.step_index, "experiment_dir": str(self.folder)}
+
+            def write() -> None:
+                self.logs.close()
+                if not self.interrupted:
+                    save_final(models["model"], tokenizer, self.folder / "final")
+                    write_json(self.folder / "summary.json", finite_or_null(summary))
+
+            fault = self._on_first(write)
+            if fault is not None:
+                raise WriteError(self._go_on(fault))
+        self._let_go()
         return summary
+
+    def _let_go(self) -> None:
+        """Wait for the other processes; from here on each may end on its own."""
+        self.fabric.barrier()
+        if self._lifeline is not None:
+            self._lifeline.close()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from peft import PeftModel, TaskType
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,10 +25,12 @@ from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
 from rlhf.models.adapters import adapter_base, adapter_has_head, attach_adapter, with_lora
 from rlhf.models.casts import share_casts
+from rlhf.models.fits import check_shapes
 from rlhf.models.forward import KEEP, enable_checkpointing, trunk_of, unwrapped
 from rlhf.models.policy import Policy, Scorer
 from rlhf.models.probe import tree_attention_fault
 from rlhf.paths import check_path
+from rlhf.untrusted import check_finite, check_folder, check_inside, first_line, why_no_pickle
 
 Role = Policy | Scorer
 
@@ -61,6 +59,8 @@ def resolve(source: str | None, flag: str) -> str:
     in_order = path, path / "final", checkpoints / "last" / "model", checkpoints / "best" / "model", path / "model"
     for folder in in_order:
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+            if folder != path:
+                check_inside(folder, path)
             return str(folder)
     raise UserError(
         f"--{flag}={source} holds no model (no config.json, no final/, no checkpoint); give a folder that does"
@@ -94,15 +94,14 @@ def load_policy(source: str, flags: ModelFlags, *, trainable: bool = True) -> Po
     base = adapter_base(source)
     model: PreTrainedModel | PeftModel = _load(AutoModelForCausalLM, base or source, flags)
     adapter = KEEP
-    with _reading(source):
-        if trainable and flags.finetune_mode == "lora":
-            model = with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
-            if base:
-                model.load_adapter(source, "reference", is_trainable=False)
-                model.set_adapter("default")
-            adapter = "default"
-        elif base:
-            model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
+    if trainable and flags.finetune_mode == "lora":
+        model = with_lora(model, source if base else None, flags, TaskType.CAUSAL_LM)
+        if base:
+            model.load_adapter(source, "reference", is_trainable=False)
+            model.set_adapter("default")
+        adapter = "default"
+    elif base:
+        model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
     return Policy(_prepare(model, flags, trainable), uses_trees=_probe(model, source), adapter=adapter)
 
 
@@ -128,12 +127,11 @@ def load_scorer(source: str, flags: ModelFlags, *, trainable: bool = True, new_h
         head = model.score
         nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     adapter = KEEP
-    with _reading(source):
-        if trainable and flags.finetune_mode == "lora":
-            model = with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
-            adapter = "default"
-        elif base:
-            model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
+    if trainable and flags.finetune_mode == "lora":
+        model = with_lora(model, source if base else None, flags, TaskType.SEQ_CLS)
+        adapter = "default"
+    elif base:
+        model = attach_adapter(model, source, trainable=False).merge_and_unload().requires_grad_(True)
     uses_trees = _probe(model, source)
     _prepare(model, flags, trainable)
     scorer = Scorer(model, unwrapped(model).score, uses_trees=uses_trees, adapter=adapter)
@@ -147,7 +145,14 @@ def reward_moments(source: str) -> tuple[float, float]:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError):
         return 0.0, 1.0
-    return float(getattr(config, REWARD_MEAN, 0.0)), float(getattr(config, REWARD_SCALE, 1.0))
+    mean, scale = getattr(config, REWARD_MEAN, 0.0), getattr(config, REWARD_SCALE, 1.0)
+    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (mean, scale))
+    if not numbers or scale <= 0:
+        raise UserError(
+            f"{source}: its config.json has {REWARD_MEAN}={mean} and {REWARD_SCALE}={scale}; the first must be "
+            f"a number and the second one above 0"
+        )
+    return float(mean), float(scale)
 
 
 def save_model(role: Policy | Scorer, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -199,7 +204,7 @@ def check_kind(source: str, flags: ModelFlags, *, scorer: bool = False) -> None:
 def _config_of(kind, source: str, flags: ModelFlags, *, needs_head: bool = True) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=flags.trust_remote_code)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except Exception as error:  # of a configuration that was tampered with, transformers raises anything
         raise UserError(_why(source, error)) from None
     if config.is_encoder_decoder:
         raise UserError(f"{source} is an encoder-decoder ({config.model_type}); give a causal language model")
@@ -208,19 +213,23 @@ def _config_of(kind, source: str, flags: ModelFlags, *, needs_head: bool = True)
 
 
 def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None, needs_head: bool = True):
+    tensors = check_folder(source) if os.path.isdir(source) else {}
     config = _config_of(kind, source, flags, needs_head=needs_head)
     if num_labels is not None:
         config.num_labels = num_labels
     try:
-        with _reading(source):
-            model, info = kind.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=flags.trust_remote_code,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if os.path.isdir(source) and not flags.trust_remote_code:
+            check_shapes(source, config, kind, tensors)
+        model, info = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=flags.trust_remote_code,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # so does what reads the weights
         raise UserError(_why(source, error)) from None
     missing = [name for name in info["missing_keys"] if needs_head or not name.startswith("score")]
     if missing:
@@ -229,35 +238,14 @@ def _load(kind, source: str, flags: ModelFlags, *, num_labels: int | None = None
                 f"{source} has no trained reward head ({missing[0]} is missing); give a folder written by rlhf_rm.py"
             )
         raise UserError(f"{source} lacks the weights of {missing[0]}; the folder is incomplete: copy it again")
+    check_finite(model.named_parameters(), source)
     model.config.use_cache = False
     share_casts(trunk_of(model))
     return model
 
 
-@contextmanager
-def _reading(folder: str) -> Iterator[None]:
-    """Name the file of `folder` that is cut or overwritten, where weights turn out not to be readable.
-
-    What the libraries raise says neither the file nor the folder.
-    """
-    try:
-        yield
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        broken = next((str(file) for file in sorted(Path(folder).glob("*.safetensors")) if not _opens(file)), folder)
-        reason = str(error).partition("\n")[0] or "it ends too early"
-        raise UserError(f"the weights in {broken} cannot be read ({reason}); write or copy the file again") from None
-
-
-def _opens(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
 def _check_architecture(source: str, config: PretrainedConfig, kind, needs_head: bool) -> None:
-    architectures = " ".join(config.architectures or [])
+    architectures = " ".join(map(str, config.architectures or []))
     if kind is AutoModelForSequenceClassification and needs_head and re.search("CausalLM|LMHead", architectures):
         raise UserError(
             f"{source} is a language model ({architectures}) and has no trained reward head; give a folder written by "
@@ -271,9 +259,13 @@ def _check_architecture(source: str, config: PretrainedConfig, kind, needs_head:
 
 
 def _why(source: str, error: Exception) -> str:
-    first = str(error).strip().split("\n")[0]
+    first = first_line(error)
     if "trust_remote_code" in str(error):
         return f"{source} needs code of its own to load; read that code, then set --trust_remote_code=True"
+    if isinstance(error, UnpicklingError):
+        return why_no_pickle(source, error)
+    if "ignore_mismatched_sizes" in str(error):
+        first = "its weights have other shapes than its config.json asks for"
     if os.path.isdir(source):
         return f"the model folder {source} cannot be read ({first}); write or copy it again"
     return f"the model {source!r} is neither a local folder nor reachable on the hub ({first}); give a folder"

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, load_peft_weights
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from rlhf.data.text import tokenizer_fingerprint
 from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
-from rlhf.models.adapters import adapter_base, adapter_has_head, copy_adapter
+from rlhf.models.adapters import adapter_base, adapter_has_head, adapter_settings, adapter_weights, copy_adapter
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import load_policy, load_scorer, reward_moments, set_dropout_off, tokenizer_of
 from rlhf.models.policy import Policy, Scorer
@@ -182,8 +182,8 @@ def _start_fresh(head: nn.Linear, *, zero: bool) -> None:
 
 def _adapter_scorer(actor: Policy, reward: str) -> Scorer:
     """The reward model as a frozen adapter on the actor's base, with its own head."""
-    scorer = _new_scorer(actor, LoraConfig.from_pretrained(reward), reward, "reward")
-    weights = load_peft_weights(reward, device="cpu")
+    scorer = _new_scorer(actor, adapter_settings(reward), reward, "reward")
+    weights = adapter_weights(reward)
     (key,) = [name for name in weights if name.endswith("score.weight")]
     with torch.no_grad():
         scorer.head.weight.copy_(weights[key])

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.prompts import Prompts
-from rlhf.errors import UserError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.flags import RewardFlags
 from rlhf.models.loading import check_kind, load_scorer, resolve, tokenizer_of
 from rlhf.models.policy import Scorer
@@ -105,17 +105,18 @@ class Rewards:
         on all.
 
         Raises:
-            UserError: a reward raised, was late, or gave something else than a finite number for each response; the
-                sentence names the reward and the row.
+            UserError: a reward raised, was late, or gave something else than a number for each response; the sentence
+                names the reward and the row.
+            NonFiniteError: one of these numbers is not finite.
         """
         failure, scores = None, None
         try:
             scores = self._judged(self._answers(prompts, responses, rows, ended))
         except UserError as error:
-            failure = str(error)
+            failure = error
         failures = [found for found in self.gather([failure]) if found is not None]
         if failures:
-            raise UserError(failures[0])
+            raise failures[0]
         return scores
 
     def _answers(self, prompts, responses, rows, ended) -> Answers:
@@ -298,7 +299,8 @@ def _finite(part: Part, value: Any, answers: Answers, i: int) -> float:
     if not isinstance(value, numbers.Real):
         raise UserError(f"the reward {part.name} returned {_named(value)} for {answers.place(i)}; return a number")
     if not abs(value) <= LARGEST:
-        raise UserError(f"the reward {part.name} is {str(value)[:40]} for {answers.place(i)}; return a finite number")
+        what = f"the reward {part.name} is {str(value)[:40]} for {answers.place(i)}"
+        raise NonFiniteError(f"{what}; return a finite number")
     return float(value)
 
 

@@ -27,14 +27,16 @@ def num_steps(num_rows: int, global_batch: int, epochs: float, max_steps: int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> list[int]:
-    """Prompts of each step's rollout: the last of an epoch is short where they don't divide.
+def rollout_sizes(num_prompts: int, global_batch: int, num_steps: int) -> dict[int, int]:
+    """Number of steps of each size of rollout, in prompts: the last of an epoch is short where they don't divide.
 
     >>> rollout_sizes(10, 4, num_steps=5)
-    [4, 4, 2, 4, 4]
+    {4: 4, 2: 1}
     """
-    windows = math.ceil(num_prompts / global_batch)
-    return [min(global_batch, num_prompts - step % windows * global_batch) for step in range(num_steps)]
+    whole, rest = divmod(num_prompts, global_batch)
+    epochs, steps = divmod(num_steps, whole + (rest > 0))
+    sizes = {global_batch: epochs * whole + min(steps, whole), rest: epochs * (rest > 0)}
+    return {size: number for size, number in sizes.items() if number}
 
 
 def rows_of_step(step: int, num_rows: int, global_batch: int, *, seed: int, shuffle: bool) -> list[int]:
@@ -112,3 +114,45 @@ def cut(
             bins[fit].append(row)
             room[fit] -= need
     return bins
+
+
+def largest_micro_batch(
+    tokens: Tensor, *, total_steps: int, mini_batch: int, world_size: int, micro_batch_size: int,
+    micro_batch_tokens: int | None, seed: int, shuffle: bool,
+) -> list[int]:  # fmt: skip
+    """The rows of the run's micro-batch with the most distinct tokens, over all steps and devices.
+
+    Args:
+        tokens: (num_rows,) distinct tokens of each row of the split.
+        mini_batch: rows of a step on one device.
+
+    With a budget of tokens, instead the largest rows of the split that fit into it together, or the largest alone.
+
+    >>> options = {"world_size": 1, "micro_batch_size": 2, "seed": 0, "shuffle": False}
+    >>> rows = torch.tensor([5, 1, 3, 4, 2])
+    >>> largest_micro_batch(rows, total_steps=3, mini_batch=2, micro_batch_tokens=None, **options)
+    [2, 3]
+    >>> largest_micro_batch(rows, total_steps=3, mini_batch=3, micro_batch_tokens=8, **options)
+    [0, 2]
+    """
+    if micro_batch_tokens is not None:
+        by_size = tokens.argsort(descending=True, stable=True).tolist()
+        found, room = by_size[:1], micro_batch_tokens - int(tokens[by_size[0]])
+        for row in by_size[1:]:
+            if len(found) < mini_batch and int(tokens[row]) <= room:
+                found.append(row)
+                room -= int(tokens[row])
+        return found
+    best, most, num_rows = [], -1, len(tokens)
+    global_batch = mini_batch * world_size
+    windows = math.ceil(num_rows / global_batch)
+    for epoch in range(math.ceil(total_steps / windows)):
+        order = epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
+        order = order[: (total_steps - epoch * windows) * global_batch]
+        padded = torch.cat([order, order.new_full((-len(order) % global_batch,), -1)]).view(-1, mini_batch, world_size)
+        for cut_rows in padded.split(micro_batch_size, 1):
+            sums = torch.where(cut_rows >= 0, tokens[cut_rows], 0).sum(1)
+            if int(sums.max()) > most:
+                most, at = int(sums.max()), divmod(int(sums.argmax()), world_size)
+                best = [row for row in cut_rows[at[0], :, at[1]].tolist() if row >= 0]
+    return best

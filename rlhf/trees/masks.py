@@ -90,7 +90,8 @@ def _dense(block: Block, dtype: torch.dtype, device: torch.device) -> list[Block
     for start in range(block.start, block.stop, DENSE_QUERIES):
         stop = min(start + DENSE_QUERIES, block.stop)
         if block.mask is None:
-            mask = causal_mask(stop - start, stop - block.start, dtype, device)
+            # Added to the scores of every layer: a copy without gaps is made once.
+            mask = causal_mask(stop - start, stop - block.start, dtype, device).contiguous()
             parts.append(Block(start, stop, ((block.start, stop),), mask))
         else:
             mask = block.mask[start - block.start : stop - block.start]
@@ -98,9 +99,18 @@ def _dense(block: Block, dtype: torch.dtype, device: torch.device) -> list[Block
     return parts
 
 
-@lru_cache(maxsize=256)
 def causal_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(queries, keys) additive causal mask; the queries are the last of the keys."""
+    """(queries, keys) additive causal mask; the queries are the last of the keys. A part of one that is kept."""
+    mask = _causal_mask(_next_power(queries), _next_power(keys), dtype, device)
+    return mask[mask.shape[0] - queries :, mask.shape[1] - keys :]
+
+
+def _next_power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@lru_cache(maxsize=64)  # by powers of 2, so that runs of any length hold a few masks, whatever lengths they meet
+def _causal_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     future = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(future, float("-inf"))
 

@@ -1,0 +1,204 @@
+"""Before the first step: how much memory the run will take at its peak, and whether its largest micro-batch fits.
+
+Weights are there already and are counted as they are; gradients and optimiser state follow from the parameters; what a
+micro-batch takes beside them (activations, the logits of a chunk, casts of the weights) is measured on a quarter and on
+half of the largest micro-batch, forward and backward, and grows with its tokens from there. So the estimate knows every
+flag and architecture, and costs less time than one micro-batch. On a GPU the largest micro-batch itself is then tried,
+so that a run that does not fit ends in its first minute and in one sentence. On a CPU it is not: there the kernel would
+end the process without a word, and the estimate says as much. Gradients are thrown away, and no random number is used
+up, so the run is the same with and without this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlhf.data.prompts import Prompts
+from rlhf.errors import UserError
+from rlhf.memory import free_memory, held_memory, peak_of
+from rlhf.models.forward import trunk_of, unwrapped
+from rlhf.models.loading import Role
+from rlhf.models.policy import Policy
+from rlhf.trees.forest import Forest, Tree
+
+if TYPE_CHECKING:
+    from rlhf.experiment.run import Run
+
+MOMENTS = {"adamw": 2, "adam": 2, "adam_tf": 2, "sgd": 0}
+"""Tensors of a parameter's size that each `--optimizer` keeps."""
+KERNELS = 200_000_000
+"""Bytes of the kernels that oneDNN compiles for bf16 products on a CPU and keeps, one for each shape, up to 1,024 of
+them; 0.1 to 0.4 GB were seen."""
+
+
+@dataclass
+class Pass:
+    """One forward and backward pass of a micro-batch: PPO has two of them, the others one.
+
+    Attributes:
+        role: what it trains.
+        loss: of a micro-batch of these rows.
+    """
+
+    role: Role
+    loss: Callable[[list[int]], Tensor]
+
+
+@dataclass
+class Estimate:
+    """Bytes at the run's peak.
+
+    Attributes:
+        held: what the process holds now: itself, and the weights of all roles.
+        gradients, optimizer: of what is trained.
+        activations: the rest of a micro-batch's forward and backward pass.
+        rollout: what sampling takes: a copy of the weights in the dtype of products, keys and values, logits.
+        peak: the largest sum of those that are there at one time.
+    """
+
+    held: int
+    gradients: int
+    optimizer: int
+    activations: int
+    rollout: int
+    peak: int
+
+
+def check_memory(
+    run: Run, passes: Sequence[Pass], optimizers: dict[str, Optimizer], tokens: Tensor, *, rollout: int = 0
+) -> Estimate | None:
+    """Estimate and print what the run will take; on a GPU, also try its largest micro-batch.
+
+    Args:
+        passes: in the order in which a micro-batch goes through them.
+        tokens: distinct tokens of every row (in RL with responses of the largest length).
+        rollout: bytes that sampling takes (`rollout_bytes`).
+
+    Returns:
+        None where nothing was asked for (`--memory_check=none`).
+
+    Raises:
+        UserError: the largest micro-batch does not fit into the memory of the GPU.
+    """
+    wanted = run.flags.memory_check
+    if wanted == "none":
+        return None
+    rows = run.largest_micro_batch(tokens)
+    try:
+        with torch.random.fork_rng():
+            found = estimate(run, passes, optimizers, rows, tokens, rollout)
+            _say(run, found, rows, int(tokens[rows].sum()))
+            if wanted == "trial" or (wanted == "auto" and run.device.type == "cuda"):
+                for one in passes:
+                    _attempt(run, one, rows)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the largest micro-batch of this run, {len(rows)} rows with {int(tokens[rows].sum()):,} tokens, does not "
+            f"fit into the memory of {run.device} ({str(error).split('.')[0]}); {REMEDIES}"
+        ) from None
+    finally:
+        for one in passes:
+            for parameter in one.role.parameters():
+                parameter.grad = None
+    return found
+
+
+REMEDIES = "lower --micro_batch_size or --micro_batch_tokens, set --gradient_checkpointing=True or --finetune_mode=lora"
+
+
+def estimate(
+    run: Run, passes: Sequence[Pass], optimizers: dict[str, Optimizer], rows: list[int], tokens: Tensor, rollout: int
+) -> Estimate:
+    """See `check_memory`; leaves gradients behind."""
+    held = held_memory(run.device) or 0
+    trained = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
+    states = [
+        value for optimizer in optimizers.values() for of_one in optimizer.state.values() for value in of_one.values()
+    ]
+    there = sum(value.nbytes for value in states if isinstance(value, Tensor))  # of a run that was resumed
+    gradients = sum(p.nbytes for p in trained)
+    coming = max(0, MOMENTS[run.flags.optimizer] * gradients - there)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    activations = max(_peak(run, one, rows, tokens) for one in passes)
+    mixed = run.device.type == "cpu" and run.precision != "32-true"
+    # Freed blocks of gradients are no place for activations, nor the other way round: all of them count.
+    peak = held + coming + max(gradients + activations, rollout) + (KERNELS if mixed else 0)
+    return Estimate(held, gradients, coming, activations, rollout, peak)
+
+
+def _peak(run: Run, one: Pass, rows: list[int], tokens: Tensor) -> int:
+    """Bytes that a pass of the largest micro-batch takes, from what two parts of it take."""
+    by_size = sorted(rows, key=lambda row: -int(tokens[row]))
+    small, large = by_size[::4], by_size[::2]
+    least = _attempt(run, one, small)
+    if len(small) == len(large):
+        return least
+    sizes = [int(tokens[part].sum()) for part in (small, large, by_size)]
+    slope = (_attempt(run, one, large) - least) / (sizes[1] - sizes[0])
+    return int(least + slope * (sizes[2] - sizes[0]))
+
+
+def _attempt(run: Run, one: Pass, rows: list[int]) -> int:
+    """Bytes at the peak of one forward and backward pass."""
+    with peak_of(run.device) as peak, run.fabric.autocast():
+        loss = one.loss(rows)
+        run.fabric.backward(loss)
+    return peak()
+
+
+def rollout_bytes(run: Run, actor: Policy, prompts: Prompts, num_responses: int) -> int:
+    """Bytes that sampling takes: a copy of the weights where products have another dtype, keys and values, logits.
+
+    Args:
+        num_responses: of a rollout on this device, of which `--rollout_mini_batch_size` are decoded at once.
+    """
+    hf, num = unwrapped(actor.model), min(num_responses, run.flags.rollout_mini_batch_size)
+    config, weights = hf.config.get_text_config(), next(hf.parameters())
+    with run.fabric.autocast():
+        mixed = torch.is_autocast_enabled(run.device.type)
+        dtype = torch.get_autocast_dtype(run.device.type) if mixed else weights.dtype
+    layers = [m for m in [*trunk_of(hf).modules(), hf.get_output_embeddings()] if isinstance(m, torch.nn.Linear)]
+    copied = sum(m.weight.numel() for m in layers) if dtype != weights.dtype else 0
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    columns = int(prompts.split.prompt_lens.max()) + run.flags.max_new_tokens
+    kept = 2 * config.num_hidden_layers * num * columns * heads * size
+    logits = 4 * num * config.vocab_size  # logits, their exponentials, these in blocks, and a sum or noise
+    return (copied + kept) * dtype.itemsize + logits * torch.float32.itemsize
+
+
+def trial_forest(run: Run, prompts: Prompts, rows: list[int], num_samples: int, length: int) -> Forest:
+    """These prompts on the run's device, each with `num_samples` responses of `length` tokens: the most there is."""
+    response = torch.zeros(length, dtype=torch.long)
+    return Forest([Tree.of(prompts.prompt(row), *[response] * num_samples) for row in rows]).to(run.device)
+
+
+def _say(run: Run, found: Estimate, rows: list[int], num_tokens: int) -> None:
+    free = free_memory(run.device)
+    parts = {
+        "gradients": found.gradients,
+        "optimiser": found.optimizer,
+        f"the largest micro-batch ({len(rows)} rows, {num_tokens:,} tokens)": found.activations,
+        "sampling": found.rollout,
+    }
+    listed = ", ".join(f"{name} {_gb(value)}" for name, value in parts.items() if value)
+    share = run.fabric.strategy.num_processes if run.device.type == "cpu" and run.world_size > 1 else 1
+    room = None if free is None else free // share + found.held
+    of = "" if room is None else f" of {_gb(room)} GB that this process may have"
+    run.say(
+        f"{run.script}: about {_gb(found.peak)} GB at the peak{of}: {_gb(found.held)} held now (the weights of all "
+        f"roles among them), {listed}"
+    )
+    if room is not None and found.peak > room:
+        run.say(f"warning: about {_gb(found.peak)} GB will not fit into {_gb(room)} GB; {REMEDIES}")
+
+
+def _gb(value: int) -> str:
+    return f"{value / 1e9:.2f}" if value < 1e9 else f"{value / 1e9:.1f}"
