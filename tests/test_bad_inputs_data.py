@@ -33,7 +33,7 @@ OUTPUT: list[Case] = [
     ({"destination_dir": "{inside_file}"}, "lies inside {file}, which is a file"),
     ({"destination_dir": "/proc/nothing/data"}, "--destination_dir=/proc/nothing/data can't be written"),
     ({"destination_dir": "{too_long}"}, "file name too long"),
-    ({"destination_dir": "{broken_data_args}"}, "{broken_data_args}/args.json can't be read"),
+    ({"destination_dir": "{broken_data_args}"}, "{broken_data_args}/args.json can"),
     ({"destination_dir": "{taken}"}, "{taken}/args.json was not written by a prepare_data.py"),
     ({"tokenizer_name": None}, "--tokenizer_name is missing"),
     ({"tokenizer_name": " "}, "--tokenizer_name is empty"),
