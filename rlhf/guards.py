@@ -2,12 +2,12 @@
 
 A reward that can be had cheaply is had: its curve rises while the text rots. Each guard looks at one measure of every
 rollout (or of every evaluation) and fires while it is beyond its limit. A run warns when a guard begins to fire, and
-ends once one has fired `--guard_patience` times in a row. PPO ends by default: what is learnt from a hacked reward model
-is lost time, and a run that was ended too early goes on with `--resume=True --on_collapse=warn`. GRPO and online DPO warn
-by default: their reward is mostly a rule or a checked answer, and what a rule pays for is what was asked, however
-uniform the text. Unlike SIGTERM the end writes no checkpoint, for the weights have collapsed; where a run would end, none
-is written from the first warning on, so that the last checkpoint and the best one are from before. The limits are far
-from healthy runs: what moves within them is for the reader of the curves.
+ends once one has fired `--guard_patience` times in a row. PPO ends by default: what is learnt from a hacked reward
+model is lost time, and a run that was ended too early goes on with `--resume=True --on_collapse=warn`. GRPO and online
+DPO go on by default: their reward is mostly a rule or a checked answer, and what a rule pays for is what was asked,
+however uniform the text. Unlike SIGTERM the end writes no checkpoint, for the weights have collapsed; where a run would
+end, none is written from the first warning on, so that the last checkpoint and the best one are from before. The limits
+are far from healthy runs: what moves within them is for the reader of the curves.
 """
 
 from __future__ import annotations

@@ -91,8 +91,9 @@ def test_c9_a_hacked_reward_warns_then_ends_the_run(world, tmp_path, capsys):
 def test_a_run_without_a_reference_is_guarded_too(world, tmp_path):
     """GRPO without a KL: the same hack is found by what the responses look like."""
     flags = quick_flags(
-        rlhf_grpo.GRPOFlags, world.data, tmp_path / "run", sft_experiment_dir=world.sft, reward=hack_of(world), on_collapse="stop",
+        rlhf_grpo.GRPOFlags, world.data, tmp_path / "run", sft_experiment_dir=world.sft, reward=hack_of(world),
         num_samples=8, rollout_size=4, max_new_tokens=16, max_steps=UPDATES, learning_rate=1e-2, guard_patience=2,
+        on_collapse="stop",
     )  # fmt: skip
     with pytest.raises(Collapse, match=r"repeats what stands in it|end by themselves|empty"):
         rlhf_grpo.main(flags)
