@@ -45,7 +45,7 @@ train() {
     [ ! -f "$OUT/$stage/summary.json" ] || return 0
     more="${stage^^}_FLAGS"
     set -- "rlhf/rlhf_${SCRIPT:-$stage}.py" --data_dir="$data" --experiment_dir="$OUT/$stage" "$@" "${extra[@]}" ${!more:-}
-    ! compgen -G "$OUT/$stage/checkpoints/step-*" >/dev/null || set -- "$@" --resume=True
+    [ ! -d "$OUT/$stage" ] || set -- "$@" --resume=True
     if [ "$DEVICES" = 1 ]; then
         run python "$@"
     else

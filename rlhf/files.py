@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import json
 import os
 import re
@@ -244,3 +245,21 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def claimed(folder: Path) -> Path:
+    """Make a folder that nobody else has: this one, or with -2, -3 and so on where other runs have taken its name.
+
+    Runs that start in one second, or in an hour that the clock repeats, come to the same name.
+    """
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
+    name = folder
+    while True:
+        try:
+            name.mkdir(parents=True)
+        except FileExistsError:
+            name = next(names)
+        except OSError:
+            return name  # the first write into it says why
+        else:
+            return name

@@ -35,7 +35,8 @@ from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.reference import MovingReference, check_reference, reference_logps
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
     BatchFlags,

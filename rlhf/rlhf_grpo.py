@@ -51,7 +51,8 @@ from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, check_finite, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
     BatchFlags,

@@ -46,7 +46,8 @@ from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
 from rlhf.experiment.reference import ReferenceLogps, check_reference, reference_logps
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.flags import (
     BatchFlags,
     DataFlags,

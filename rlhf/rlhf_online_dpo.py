@@ -34,7 +34,8 @@ from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
 from rlhf.experiment.reference import MovingReference
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.flags import (
     BatchFlags,
     DataFlags,

@@ -40,7 +40,8 @@ from rlhf.experience import Experience, Rollout, Targets, check_finite, collect,
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.experiment.steps import Step
 from rlhf.flags import (
     BatchFlags,

@@ -28,7 +28,8 @@ from rlhf.data.splits import Split
 from rlhf.errors import NonFiniteError
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.files import write_json
 from rlhf.flags import BatchFlags, DataFlags, DeviceFlags, ModelFlags, OptimizerFlags, RunFlags, launch
 from rlhf.losses.reward import average_reward_loss, last_token_reward_loss, per_sample_reward_loss

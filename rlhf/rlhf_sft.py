@@ -23,7 +23,8 @@ from rlhf.data.splits import Split
 from rlhf.evaluation import log_sample
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.flags import (
     BatchFlags,
     DataFlags,

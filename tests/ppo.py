@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rlhf import rlhf_ppo
 from rlhf.experience import Experience, collect
-from rlhf.experiment.run import Run, start_experiment
+from rlhf.experiment.run import Run
+from rlhf.experiment.start import start_experiment
 from rlhf.models.loading import tokenizer_of
 from rlhf.models.roles import Roles, load_roles
 from rlhf.rewards.mix import Rewards, load_rewards

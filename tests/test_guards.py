@@ -153,7 +153,8 @@ def test_online_dpo_is_guarded(world, tmp_path):
     """The guards stand in its loop too: a limit below what any rollout has ends it at once."""
     flags = quick_flags(
         rlhf_online_dpo.OnlineDPOFlags, world.data, tmp_path / "run", sft_experiment_dir=world.sft,
-        reward=hack_of(world), rollout_size=4, max_new_tokens=8, max_steps=9, guard_length=0.5, guard_patience=2, on_collapse="stop",
+        reward=hack_of(world), rollout_size=4, max_new_tokens=8, max_steps=9, guard_length=0.5, guard_patience=2,
+        on_collapse="stop",
     )  # fmt: skip
     with pytest.raises(Collapse, match=r"stopped after step 1: responses have \d+ tokens, \d+ at the start"):
         rlhf_online_dpo.main(flags)

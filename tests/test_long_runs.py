@@ -19,7 +19,7 @@ from rlhf import monitoring, rlhf_dpo, rlhf_sft
 from rlhf.advantages import RunningMoments
 from rlhf.experiment.checkpoints import Checkpoints
 from rlhf.experiment.metrics import Metrics
-from rlhf.experiment.run import claimed
+from rlhf.files import claimed
 from rlhf.schedules import AdaptiveKL, lr_multiplier
 from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.masks import causal_mask

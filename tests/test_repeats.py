@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf import rlhf_sft
-from rlhf.experiment import run as run_module
+from rlhf.experiment import start
 from rlhf.flags import parse
 from rlhf.rlhf_sft import SFTFlags
 from tests.ppo import on_two_processes
@@ -44,7 +44,7 @@ def test_a_repeat_never_writes_into_the_folder_of_the_first(lab, tmp_path, monke
     assert first.parent == Path("experiments/runs")
     assert json.loads((first / "args.json").read_text())["experiment_dir"] == str(first)
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    monkeypatch.setattr(run_module.time, "strftime", lambda *_: "later")
+    monkeypatch.setattr(start.time, "strftime", lambda *_: "later")
     again = Path(rlhf_sft.main(parse(SFTFlags, [f"--args_file={first}/args.json"]))["experiment_dir"])
     assert again == Path("experiments/runs/rlhf_sft-later")
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,70 +17,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from rlhf.data.prompts import Prompts, example_prompt, load_prompts
-from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
-from rlhf.errors import NonFiniteError, UserError
+from rlhf.data.prompts import Prompts
+from rlhf.data.splits import Split
+from rlhf.errors import NonFiniteError
 from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
-from rlhf.experiment.devices import make_fabric
-from rlhf.experiment.fits import check_prompt, check_split, check_vocabulary
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
-from rlhf.experiment.lifeline import Lifeline, hold
-from rlhf.experiment.logs import Logs, check_logger, environment, finite_or_null
+from rlhf.experiment.inputs import Inputs
+from rlhf.experiment.lifeline import Lifeline
+from rlhf.experiment.logs import Logs, environment, finite_or_null
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.signals import Signals
 from rlhf.experiment.steps import Step
-from rlhf.files import WriteError, sweep, write_json
+from rlhf.files import WriteError, claimed, sweep, write_json
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import Role
-from rlhf.paths import check_writable
 from rlhf.trees.batches import cut, largest_micro_batch, num_steps, rows_of_rank, rows_of_step
-
-
-def start_experiment(flags: Any, script: str) -> Run:
-    """Set up devices and seeds for `script`; nothing is written before `Run.steps` begins.
-
-    Raises:
-        UserError: flags that contradict each other, an experiment folder that is taken, or one to resume that isn't
-            there.
-    """
-    folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if flags.resume and not flags.experiment_dir:
-        raise UserError("--resume needs --experiment_dir, the folder of the run to go on with")
-    if flags.resume and not folder.is_dir():
-        raise UserError(f"--experiment_dir={folder}: there is no run there to resume; leave --resume out to start it")
-    if flags.keep_weights and not flags.keep_checkpoints:
-        raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
-    if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
-        raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
-    check_writable(folder, "experiment_dir")
-    check_logger(flags.logger)
-    fabric, why = make_fabric(flags)
-    if not os.environ.get("LT_CLI_USED"):  # `fabric run` has launched the processes already
-        fabric.launch()
-    lifeline = hold(fabric.global_rank, fabric.world_size, fabric.broadcast)
-    folder = Path(fabric.broadcast(str(folder)))
-    fabric.seed_everything(flags.seed, verbose=False)
-    run = Run(fabric, flags, script, folder, lifeline)
-    run.say(f"{script}: {why}")
-    return run
-
-
-def claimed(folder: Path) -> Path:
-    """Make a folder that nobody else has: this one, or with -2, -3 and so on where other runs have taken its name.
-
-    Runs that start in one second, or in an hour that the clock repeats, come to the same name.
-    """
-    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(2))
-    name = folder
-    while True:
-        try:
-            name.mkdir(parents=True)
-        except FileExistsError:
-            name = next(names)
-        except OSError:
-            return name  # the first write into it says why
-        else:
-            return name
 
 
 class Run:
@@ -116,9 +65,7 @@ class Run:
         self._evaluated_at = self._saved_at = -1
         self._values: dict[str, float] = {}
         self._step: Step | None = None
-        self._data_info: dict = {}
-        self._read: list[tuple[Split, int | None]] = []
-        self._tokenizer: Any = None
+        self._inputs = Inputs(fabric, flags)
 
     def say(self, text: str) -> None:
         """Print once, not once a device."""
@@ -126,38 +73,12 @@ class Run:
             tqdm.write(text)
 
     def load_splits(self, stage: str, tokenizer) -> tuple[Split, Split | None]:
-        """The train and validation splits of a stage (None where there is no validation file).
-
-        Raises:
-            UserError: no training split, or one tokenised by another tokenizer than the model's.
-        """
-        with self.fabric.rank_zero_first(local=True):
-            train = load_split(self.flags.data_dir, stage, "train")
-            has_validation = has_split(self.flags.data_dir, stage, "validation")
-            validation = load_split(self.flags.data_dir, stage, "validation") if has_validation else None
-        for split in (train, validation):
-            if split is not None:
-                check_tokenizer(split, tokenizer)
-                self._note(split, tokenizer)
-        return train, validation
+        """The train and validation splits of a stage (`Inputs.load_splits`)."""
+        return self._inputs.load_splits(stage, tokenizer)
 
     def load_prompts(self, name: str, tokenizer) -> Prompts | None:
-        """The prompts of a split, from whatever stage the data folder has."""
-        with self.fabric.rank_zero_first(local=True):
-            prompts = load_prompts(self.flags.data_dir, name, tokenizer)
-        if prompts is not None:
-            self._note(prompts.split, tokenizer, new_tokens=getattr(self.flags, "max_new_tokens", 0))
-        return prompts
-
-    def _note(self, split: Split, tokenizer, *, new_tokens: int | None = None) -> None:
-        """For data.json: how the data was made, and a hash of the rows of every split that the run reads.
-
-        For `setup`, which sees the models: what has to fit them.
-        """
-        self._tokenizer = tokenizer
-        self._read.append((split, new_tokens))
-        read = {**self._data_info.get("read", {}), f"{split.stage}_{split.name}": split.fingerprint}
-        self._data_info = {**data_info(self.flags.data_dir), "read": read}
+        """The prompts of a split, from whatever stage the data folder has (`Inputs.load_prompts`)."""
+        return self._inputs.load_prompts(name, tokenizer)
 
     def setup(self, module: nn.Module) -> nn.Module:
         """Move a model to this run's device and under its strategy.
@@ -165,15 +86,7 @@ class Run:
         Raises:
             UserError: a row of the splits that were loaded, or a token of their tokenizer, does not fit the model.
         """
-        model = unwrapped(module.model)
-        if self._tokenizer is not None:
-            check_vocabulary(self._tokenizer, model)
-        for split, new_tokens in self._read:
-            check_split(split, model, new_tokens=new_tokens)
-        prompt = example_prompt(self.flags.data_dir)
-        if prompt is not None and hasattr(self.flags, "max_new_tokens"):
-            where = f"{self.flags.data_dir}/example_prompt.pt"
-            check_prompt(prompt, self.flags.max_new_tokens, model, where)
+        self._inputs.check_fit(unwrapped(module.model))
         module.own_parameters()
         module = self.fabric.setup_module(module)
         self.modules.append(module)
@@ -211,8 +124,8 @@ class Run:
             UserError: there is no whole checkpoint, a part of it is missing, or a flag, the data or a model that the
                 run reads has changed.
         """
-        read = self._data_info.get("read", {})
-        self._identity = dataclasses.replace(self._identity, data=read, models=model_fingerprints(self.flags))
+        read, models_read = self._inputs.fingerprints, model_fingerprints(self.flags)
+        self._identity = dataclasses.replace(self._identity, data=read, models=models_read)
         if not self.flags.resume:
             return
         if self.rank == 0:
@@ -262,7 +175,7 @@ class Run:
         arguments = {**dataclasses.asdict(self.flags), "experiment_dir": str(self.folder)}
         write_json(self.folder / "args.json", arguments)
         write_json(self.folder / "environment.json", environment(self.fabric))
-        write_json(self.folder / "data.json", {**self._data_info, "models": self._identity.models})
+        write_json(self.folder / "data.json", {**self._inputs.info, "models": self._identity.models})
         self.logs = Logs(self.folder, self.flags.logger, self.script, sizes=self._log_sizes)
 
     def _on_first(self, write: Callable[[], None]) -> str | None:
