@@ -149,8 +149,8 @@ class Guards:
             seen["rollouts"] += 1
             seen["start"] = {name: (known[name] + value) / seen["rollouts"] for name, value in now.items()}
         self._judge(self._faults(now), ("kl", "eos", "empty", "length", "repetition"), seen["fired"])
-        fired = [*seen["fired"].values(), *self._evaluated["fired"].values()]
-        step.metrics.put("train/guards_firing", sum(count > 0 for count in fired))
+        # Not --guard_score: a resumed run comes here with the evaluation that the unbroken one was yet to make.
+        step.metrics.put("train/guards_firing", sum(count > 0 for count in seen["fired"].values()))
 
     def evaluated(self, score: float) -> bool:
         """Take note of a held-out score; returns whether the policy may be called the best so far.

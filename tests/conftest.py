@@ -19,6 +19,11 @@ class NetworkBlockedError(Exception):
     """A test tried to leave this machine."""
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Connections end in an error, but those within this machine: several processes of one test may talk."""

@@ -167,6 +167,7 @@ def train_here(comparison: Comparison) -> Trajectory:
         "accelerator": "cpu",
         "devices": "1",
         "precision": "32-true",
+        "memory_check": "none",  # its passes would be noted too
     }
     with _watched(trajectory.rows):
         if c.stage == "sft":
