@@ -10,10 +10,12 @@ from torch import Tensor
 
 from rlhf.data.prompts import Prompts
 from rlhf.errors import UserError
+from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, Targets, collect
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.run import Run
 from rlhf.experiment.steps import Step
+from rlhf.guards import Guards
 from rlhf.kl import kl_k1, kl_k3
 from rlhf.losses.policy_gradient import explained_variance
 from rlhf.masked import masked_mean
@@ -175,6 +177,26 @@ def log_ratio_per_response(
             reference, _ = roles.reference(forest, temperature=temperature)
             sums += forest.per_branch(policy - reference).tolist()
     return sum(run.gather(sums)) / len(experiences)
+
+
+def assess_policy(
+    run: Run, flags: Any, roles: Roles, rewards: Rewards, prompts: Prompts | None, guards: Guards
+) -> dict[str, float]:
+    """The evaluation of a run that samples: the example prompt, and held-out ones where the data has some.
+
+    The best weights so far are kept, unless a guard fires.
+
+    Raises:
+        Collapse: the guards end the run.
+    """
+    log_sample(run, roles.actor, rewards.tokenizer)
+    if prompts is None:
+        return {}
+    values, samples = evaluate_sampling(run, flags, roles, rewards, prompts)
+    run.log_samples(samples)
+    if guards.evaluated(values["val/score"]):
+        run.save_best(roles.actor, rewards.tokenizer, "val/score", values["val/score"], higher=True)
+    return values
 
 
 @torch.no_grad()

@@ -47,7 +47,6 @@ from torch import Tensor
 from rlhf.advantages import token_rewards
 from rlhf.data.prompts import Prompts
 from rlhf.errors import NonFiniteError, UserError
-from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, check_finite, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
@@ -81,7 +80,7 @@ from rlhf.kl import KL_ESTIMATORS, kl_k2
 from rlhf.losses.policy_gradient import cispo_loss, grpo_loss, gspo_loss, policy_clipped, response_log_ratios
 from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import Roles, load_actor
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_samples
+from rlhf.monitoring import assess_policy, check_first_rollout, measure_samples
 from rlhf.rewards.mix import Rewards, check_rewards, load_rewards
 from rlhf.trees.batches import epoch_order, rollout_sizes
 from rlhf.trees.forest import Forest, Tree
@@ -386,15 +385,7 @@ def main(flags: GRPOFlags) -> dict:
     check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, tokens, rollout=sampling)
     run.open()
 
-    def assess() -> dict[str, float]:
-        log_sample(run, roles.actor, tokenizer)
-        if validation is None:
-            return {}
-        values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
-        run.log_samples(samples)
-        if guards.evaluated(values["val/score"]):
-            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
-        return values
+    assess = partial(assess_policy, run, flags, roles, rewards, validation, guards)
 
     def assess_and_save() -> None:
         run.evaluate_if_due(assess)

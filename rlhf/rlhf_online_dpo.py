@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import NonFiniteError, UserError
-from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, collect, penalised_scores, stack
 from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Pass, check_memory, rollout_bytes, trial_forest
@@ -51,7 +50,7 @@ from rlhf.flags import (
 from rlhf.guards import GuardFlags, Guards
 from rlhf.models.loading import check_kind, load_policy, resolve, tokenizer_of
 from rlhf.models.roles import load_actor
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_pairs, measure_samples, watch_pairs
+from rlhf.monitoring import assess_policy, check_first_rollout, measure_pairs, measure_samples, watch_pairs
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
 from rlhf.rewards.mix import check_rewards, load_rewards
@@ -216,15 +215,7 @@ def main(flags: OnlineDPOFlags) -> dict:
     check_memory(run, [Pass(roles.actor, trial_loss)], optimizers, most, rollout=sampling)
     run.open()
 
-    def assess() -> dict[str, float]:
-        log_sample(run, roles.actor, tokenizer)
-        if validation is None:
-            return {}
-        values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
-        run.log_samples(samples)
-        if guards.evaluated(values["val/score"]):
-            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
-        return values
+    assess = partial(assess_policy, run, flags, roles, rewards, validation, guards)
 
     def assess_and_save() -> None:
         run.evaluate_if_due(assess)

@@ -35,7 +35,6 @@ from torch import Tensor
 from rlhf.advantages import RunningMoments, end_state_mask, gae, score_missing_eos, token_rewards
 from rlhf.data.splits import Split
 from rlhf.errors import NonFiniteError, UserError
-from rlhf.evaluation import log_sample
 from rlhf.experience import Experience, Rollout, Targets, check_finite, collect, stack, value_index
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.optimizers import make_optimizer
@@ -67,7 +66,7 @@ from rlhf.losses.supervised import nll_loss
 from rlhf.masked import masked_whiten
 from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import load_roles
-from rlhf.monitoring import check_first_rollout, evaluate_sampling, measure_rollout, missing_eos_fault
+from rlhf.monitoring import assess_policy, check_first_rollout, measure_rollout, missing_eos_fault
 from rlhf.rewards.mix import check_rewards, load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
 from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
@@ -390,15 +389,7 @@ def main(flags: PPOFlags) -> dict:
     check_memory(run, passes, optimizers, prompts.split.prompt_lens + flags.max_new_tokens, rollout=sampling)
     run.open()
 
-    def assess() -> dict[str, float]:
-        log_sample(run, roles.actor, tokenizer)
-        if validation is None:
-            return {}
-        values, samples = evaluate_sampling(run, flags, roles, rewards, validation)
-        run.log_samples(samples)
-        if guards.evaluated(values["val/score"]):
-            run.save_best(roles.actor, tokenizer, "val/score", values["val/score"], higher=True)
-        return values
+    assess = partial(assess_policy, run, flags, roles, rewards, validation, guards)
 
     def assess_and_save() -> None:
         run.evaluate_if_due(assess)
