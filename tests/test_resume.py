@@ -282,8 +282,12 @@ def test_the_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_before_the_run_is_a_word(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rlhf_sft.py", "--data_dir=d"])
-    with pytest.raises(SystemExit) as ended:
-        launch(lambda _: os.kill(os.getpid(), signal.SIGINT), SFTFlags)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            launch(lambda _: os.kill(os.getpid(), signal.SIGINT), SFTFlags)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (ended.value.code, capsys.readouterr().err.strip()) == (130, "stopped")
 
 
