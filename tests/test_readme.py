@@ -161,8 +161,9 @@ def test_every_command_of_the_whole_runs_parses(name):
 
 
 def test_the_arithmetic_run_parses():
-    """C29: worked answers, then GRPO and RLOO on prompts that are checked, each in a folder of its own."""
+    """C29: worked answers where asked for, GRPO and RLOO on prompts that are checked, each in a folder of its own."""
     environment = {**os.environ, "DRY_RUN": "1", "OUT": "somewhere", "RLOO_FLAGS": "--num_samples=3"}
+    environment["STAGES"] = "prepare sft grpo rloo"
     environment.pop("MODEL", None)
     printed = subprocess.run(
         ["bash", str(ROOT / "experiments/arithmetic.sh"), "--max_steps=7"],
@@ -174,6 +175,7 @@ def test_the_arithmetic_run_parses():
     assert all(
         flags.max_steps == 7 and "SmolLM2" in str(trained["somewhere/sft"].model_name) for flags in trained.values()
     )
+    assert {flags.sft_experiment_dir for name, flags in trained.items() if "sft" not in name} == {"somewhere/sft"}
     assert trained["somewhere/grpo"].advantage == "grpo"
     assert trained["somewhere/rloo"].advantage == "rloo"
     assert trained["somewhere/rloo"].num_samples == 3
