@@ -214,10 +214,11 @@ def evaluate_sampling(
     scored = interval_of(torch.tensor([e.score for e in experiences], dtype=torch.float64))
     values = {
         "val/score": scored["mean"],
-        "val/score_error": scored["mean"] - scored["interval"][0],
         "val/response_length": sum(len(e.response) for e in experiences) / len(experiences),
         "val/eos_rate": sum(e.ended for e in experiences) / len(experiences),
     }
+    if scored["n"] > 1:
+        values["val/score_error"] = scored["mean"] - scored["interval"][0]
     if roles.reference is not None:
         size = flags.rollout_mini_batch_size
         values["val/kl"] = log_ratio_per_response(run, roles, experiences, flags.temperature, size)
