@@ -210,8 +210,8 @@ def main(flags: DPOFlags) -> dict:
     if flags.ref_update_interval:
         models["reference"] = reference
     run.restore(models, optimizers)
-    columns = train.lengths("chosen_input_ids"), train.lengths("rejected_input_ids")
-    tokens = pair_tokens(train.prompt_lens, *columns)
+    chosen_lens, prompt_lens = train.lengths("chosen_input_ids"), train.prompt_lens
+    tokens = pair_tokens(prompt_lens, chosen_lens, train.lengths("rejected_input_ids"))
 
     def pack(rows: list[int]) -> tuple[Forest, list[int]]:
         return pack_pairs(flags, train, rows), rows
@@ -242,8 +242,9 @@ def main(flags: DPOFlags) -> dict:
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer)
         num_pairs = len(step.global_rows)
-        path_lens, prompt_lens = columns[0][step.global_rows], train.prompt_lens[step.global_rows]
-        num_chosen_tokens, num_path_tokens = int((path_lens - prompt_lens).sum()), int((path_lens - 1).sum())
+        path_lens = chosen_lens[step.global_rows]
+        num_chosen_tokens = int((path_lens - prompt_lens[step.global_rows]).sum())
+        num_path_tokens = int((path_lens - 1).sum())
         partners = repeat(None)
         if flags.sorts:
             partners = partners_of_step(run, flags, policy, reference, step, pack, tokens)

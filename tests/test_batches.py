@@ -66,6 +66,22 @@ def test_every_epoch_visits_every_row_once_in_a_new_order():
     assert flat[0] != flat[1]
 
 
+def test_an_epoch_of_many_steps_draws_its_order_once(monkeypatch):
+    """A step costs its own rows, not all those of the split: 600 steps in three epochs of 100,000 rows draw three orders."""
+    drawn = []
+
+    def counted(num_rows, **options):
+        drawn.append(num_rows)
+        return randperm(num_rows, **options)
+
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, "randperm", counted)
+    num_rows, size = 100_000, 400
+    rows = [row for step in range(600) for row in rows_of_step(step, num_rows, size, seed=11, shuffle=True)]
+    assert drawn == [num_rows] * 3
+    assert sorted(rows[:num_rows]) == sorted(rows[num_rows : 2 * num_rows]) == list(range(num_rows))
+
+
 def test_file_order_without_shuffling():
     assert rows_of_step(1, 5, 2, seed=3, shuffle=False) == [2, 3]
     assert rows_of_step(3, 5, 2, seed=3, shuffle=False) == [0, 1]

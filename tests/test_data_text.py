@@ -52,6 +52,36 @@ def test_one_bos_in_front_and_one_eos_at_the_end(bos, pad_is_eos):
     assert tokenizer.decode(response_ids[:-1]) == RESPONSE
 
 
+def reference_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """What transformers says that the ids of each text alone are."""
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("make", [lambda: make_tokenizer(bos=True, pad_is_eos=False), sentencepiece_like])
+def test_the_backend_gives_the_ids_of_transformers(make, split):
+    """Whatever padding and truncation the tokenizer was left with, and whether special tokens are read as such."""
+    texts = [PROMPT, "", RESPONSE * 9, f"a{EOS}b{BOS}</s> <s>", "Übergröße 東京 🙂", " hi a "]
+    tokenizer = make()
+    tokenizer.split_special_tokens = split
+    expected = reference_ids(tokenizer, texts)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.encode_special_tokens = not split
+    assert text.ids_of(tokenizer, texts) == expected
+    assert text.ids_of(tokenizer, []) == []
+
+
+def test_a_tokenizer_with_a_step_of_its_own_is_called():
+    class Shouting(PreTrainedTokenizerFast):
+        def __call__(self, texts, **options):
+            return super().__call__([text.upper() for text in texts], **options)
+
+    plain = make_tokenizer(bos=False, pad_is_eos=False)
+    own = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token=EOS)
+    assert text.ids_of(own, ["ab", "How"]) == reference_ids(plain, ["AB", "HOW"]) != reference_ids(plain, ["ab", "How"])
+
+
 @pytest.mark.parametrize(("bos", "pad_is_eos"), KINDS)
 def test_text_that_spells_bos_or_eos_gets_no_second_one(bos, pad_is_eos):
     """C8, C1: a prompt that was rendered with its BOS, and a response that closes with its EOS."""

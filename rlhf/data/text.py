@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
 from rlhf.untrusted import check_folder, first_line
@@ -92,8 +92,23 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     """The ids of each text alone, nothing added; special tokens that the text spells out are recognised."""
     if not texts:
         return []
+    if _is_plain(tokenizer):
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        # The same ids as below, without the place of each in the text: a fifth less time.
+        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     alone = {"add_special_tokens": False, "padding": False, "truncation": False}
     return tokenizer(list(texts), return_attention_mask=False, verbose=False, **alone)["input_ids"]
+
+
+def _is_plain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether calling the tokenizer comes down to its backend's own encoding: no class of its own steps in."""
+    steps = ("__call__", "_encode_plus", "_batch_encode_plus")
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(type(tokenizer), step, None) is getattr(PreTrainedTokenizerFast, step, None) for step in steps
+    )
 
 
 def prompt_ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rule: TextRule) -> list[list[int]]:
