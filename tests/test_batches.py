@@ -67,7 +67,7 @@ def test_every_epoch_visits_every_row_once_in_a_new_order():
 
 
 def test_an_epoch_of_many_steps_draws_its_order_once(monkeypatch):
-    """A step costs its own rows, not all those of the split: 600 steps in three epochs of 100,000 rows draw three orders."""
+    """A step costs its own rows, not all those of the split: 600 steps of three epochs draw three orders."""
     drawn = []
 
     def counted(num_rows, **options):

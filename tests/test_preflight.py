@@ -171,6 +171,16 @@ def test_the_largest_micro_batch_is_that_of_the_run():
         assert sorted(found) in [rows for size, rows in sizes if size == max(sizes)[0]]
 
 
+def test_the_largest_micro_batch_of_a_budget_is_the_largest_rows_that_fit():
+    """Of 11, 9, 9, 7 and 2 tokens: 11 and 9 fit into 20, 11 and 7 into 19, 11 alone into 12, and nothing into 5."""
+    tokens = torch.tensor([7, 9, 11, 2, 9])
+    options = {"total_steps": 2, "world_size": 1, "micro_batch_size": 1, "seed": 0, "shuffle": True}
+    cases = {(20, 8): [2, 1], (19, 8): [2, 0], (12, 8): [2], (5, 8): [2], (99, 3): [2, 1, 4]}
+    for (budget, mini_batch), expected in cases.items():
+        found = largest_micro_batch(tokens, mini_batch=mini_batch, micro_batch_tokens=budget, **options)
+        assert found == expected
+
+
 def test_live_tensors_are_counted_once():
     """Views are their base; what was there before is free; what is freed is given back; backward counts too."""
     weight = torch.ones(10, 10, requires_grad=True)

@@ -215,15 +215,16 @@ def in_processes(work: Any, *arguments: Any, num_processes: int = 1, together: b
 
 
 def table(stages: list[dict[str, Any]]) -> str:
-    """Seconds and memory of each stage.
+    """Milliseconds and memory of each stage.
 
     >>> print(table([{"stage": "open", "seconds": 0.25, "own": 1.5, "mapped": 40.0}]))
-    stage                                             seconds  own MB  mapped MB
-    open                                              0.25000     1.5       40.0
+    stage                                                 ms   own MB  mapped MB
+    open                                             250.000      1.5       40.0
     """
-    lines = [f"{'stage':<48} {'seconds':>8} {'own MB':>7} {'mapped MB':>10}"]
+    lines = [f"{'stage':<44} {'ms':>11} {'own MB':>8} {'mapped MB':>10}"]
     for found in stages:
-        lines.append(f"{found['stage']:<48} {found['seconds']:>8.5f} {found['own']:>7.1f} {found['mapped']:>10.1f}")
+        seconds, own, mapped = (found[name] for name in ("seconds", "own", "mapped"))
+        lines.append(f"{found['stage']:<44} {1000 * seconds:>11.3f} {own:>8.1f} {mapped:>10.1f}")
     return "\n".join(lines)
 
 
@@ -248,7 +249,8 @@ def main(flags: ScaleFlags) -> dict[str, Any]:
         (small / "preference_train.safetensors").unlink(missing_ok=True)
         for name in ("without a twin", "with the twin"):
             ((found[name],),) = in_processes(open_once, small)
-            print(f"\n{flags.num_pt_pairs:,} pairs, a .pt {name}; at the peak {found[name]['peak_mb_more']:.0f} MB more")
+            peak = found[name]["peak_mb_more"]
+            print(f"\n{flags.num_pt_pairs:,} pairs, a .pt {name}; at the peak {peak:.0f} MB more")
             print(table([found[name]]), flush=True)
     finally:
         if flags.work_dir is None:

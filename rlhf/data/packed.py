@@ -96,21 +96,10 @@ class PackedRows:
         head = struct.pack(f"<{2 + len(lengths)}q", self.scalars["prompt_len"][i], label, *lengths)
         return xxhash.xxh3_128_digest(b"".join((head, *parts)))
 
-    def take(self, index: np.ndarray) -> PackedRows:
-        """A copy of the rows `index` (n,), in that order."""
-        flat, offsets = {}, {}
-        for column, starts in self.offsets.items():
-            first = starts[index]
-            lengths = starts[index + 1] - first
-            offsets[column] = offsets_of(lengths)
-            shift = np.repeat(first - offsets[column][:-1], lengths)
-            flat[column] = self.flat[column][shift + np.arange(len(shift))]
-        return PackedRows(self.stage, flat, offsets, {name: values[index] for name, values in self.scalars.items()})
-
-    def blocks(self, index: np.ndarray | None = None) -> Iterator[PackedRows]:
-        """The rows `index` (or all, in order and without a copy), some thousand at a time."""
-        for start in range(0, len(self) if index is None else len(index), BLOCK_ROWS):
-            yield self._slice(start, BLOCK_ROWS) if index is None else self.take(index[start : start + BLOCK_ROWS])
+    def blocks(self) -> Iterator[PackedRows]:
+        """All rows, in order and without a copy, some hundred at a time."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            yield self._slice(start, BLOCK_ROWS)
             for mapped in self.maps:
                 if hasattr(mapped, "madvise"):
                     mapped.madvise(mmap.MADV_DONTNEED)

@@ -33,7 +33,7 @@ from rlhf.data.sources import CHUNK_ROWS, Source, choose_splits, open_sources
 from rlhf.data.splits import data_info
 from rlhf.data.spool import Selection, Spool, SpooledRows, select
 from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
-from rlhf.data.twin import lengths_of, open_twin, stamp_twin, write_twin
+from rlhf.data.twin import open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
 from rlhf.files import beside, sweep, write_json, writing
 from rlhf.paths import check_writable
@@ -254,9 +254,8 @@ def _write_splits(out: Path, flags: PrepareFlags, selections: dict[str, Selectio
         if not len(selection.index):
             continue
         twin, pt = (out / f"{flags.stage}_{name}{suffix}" for suffix in (".safetensors", ".pt"))
-        rows = selection.source.rows
-        lengths = lengths_of(rows, selection.index)
-        fingerprint = write_twin(twin, flags.stage, lengths, rows.blocks(selection.index))
+        rows, index = selection.source.rows, selection.index
+        fingerprint = write_twin(twin, flags.stage, rows.lengths(index), rows.blocks(index))
         write_pt(pt, open_twin(twin).rows, ignore_index=flags.ignore_index)
         stamp_twin(twin, pt)
         files[pt.name] = {"rows": len(selection.index), "fingerprint": fingerprint}

@@ -22,7 +22,6 @@ from rlhf.data.twin import (
     adopt_time,
     check_row,
     file_hash,
-    lengths_of,
     open_twin,
     stamp_twin,
     write_twin,
@@ -205,8 +204,7 @@ def write_split(data_dir: str | Path, stage: str, name: str, rows: PackedRows | 
     path = Path(data_dir) / f"{stage}_{name}.pt"
     twin_path = path.with_suffix(".safetensors")
     with atomic_write(twin_path) as temporary_twin, atomic_write(path) as temporary:
-        index = np.arange(len(packed))
-        write_twin(temporary_twin, stage, lengths_of(packed, index), packed.blocks())
+        write_twin(temporary_twin, stage, {c: packed.lengths(c) for c in packed.offsets}, packed.blocks())
         write_pt(temporary, packed)
         stamp_twin(temporary_twin, temporary)
     return path

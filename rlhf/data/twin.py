@@ -209,11 +209,6 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def lengths_of(rows: PackedRows, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The lengths of the rows `index`, by column, as `write_twin` wants them."""
-    return {c: rows.offsets[c][index + 1] - rows.offsets[c][index] for c in rows.offsets}
-
-
 def _encode_header(layout: dict, metadata: dict[str, str]) -> bytes:
     text = json.dumps({"__metadata__": metadata, **layout}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # flat arrays start on a cache line
