@@ -3,10 +3,11 @@
     python experiments/benchmarks/data_speed.py --tokenizer_name=HuggingFaceTB/SmolLM2-135M --data_file=pairs.jsonl.gz
 
 Real dialogues are repeated, each time with other words changed, into a JSONL of `--num_rows` pairs. In turn, each in a
-fresh process whose start is not counted: a bare encode on one thread, one on all threads, and the whole of
+fresh process whose start is not counted: a bare encode on one thread, one on all threads (both of the first
+`--num_bare_rows` pairs: their rate is the same for any number), and the whole of
 data_prep/helpful_harmless/prepare_data.py (reading, parsing, tokenising, hashing, dividing and writing all files) with
-one process for each core. Prints medians and two ratios, both wanted at 0.8: `prepare_data.py` over cores x one thread,
-and over all threads.
+one process for each core. Prints median rates and two ratios, both wanted at 0.8: `prepare_data.py` over cores x one
+thread, and over all threads.
 """
 
 from __future__ import annotations
@@ -51,13 +52,17 @@ class SpeedFlags:
     data_file: str = "sample"
     """Pairs of dialogues (`chosen`, `rejected`) as .jsonl or .jsonl.gz."""
     num_rows: int = 100_000
-    """Pairs to tokenise."""
+    """Pairs to prepare."""
+    num_bare_rows: int = 40_000
+    """Pairs of them that the bare encodes take."""
     repeats: int = 3
     """Runs of each side."""
     num_workers: int = 0
     """Processes of `prepare_data.py`; 0: one for each core."""
     seed: int = 0
     """Seed of the words that change."""
+    work_dir: str | None = None
+    """Folder for the text, kept and used again; a temporary one unless set."""
     output: str | None = None
     """File for all figures as JSON."""
 
@@ -80,7 +85,7 @@ def pairs_of(path: Path) -> list[tuple[str, str, str]]:
 
 
 def write_text(flags: SpeedFlags, folder: Path) -> None:
-    """Write pairs.jsonl, for `prepare_data.py`, and strings.json, the same prompts and responses one by one."""
+    """Write pairs.jsonl, for `prepare_data.py`, and strings.json, its first prompts and responses one by one."""
     source = Path(prepare_data.__file__).with_name("sample.jsonl") if flags.data_file == "sample" else flags.data_file
     pairs = pairs_of(Path(source))
     words = sorted({word for texts in pairs for text in texts for word in text.split() if word[-1].isalpha()})
@@ -98,7 +103,7 @@ def write_text(flags: SpeedFlags, folder: Path) -> None:
         for i in range(flags.num_rows):
             prompt, chosen, rejected = map(changed, pairs[i % len(pairs)])
             file.write(json.dumps({"chosen": prompt + chosen, "rejected": prompt + rejected}) + "\n")
-            strings += (prompt, chosen, rejected)
+            strings += (prompt, chosen, rejected) if i < flags.num_bare_rows else ()
     (folder / "strings.json").write_text(json.dumps(strings), encoding="utf-8")
 
 
@@ -121,7 +126,13 @@ def bare(request: dict[str, Any]) -> dict[str, float]:
     for start in range(0, len(strings), BATCH):
         found = tokenizer.encode_batch(strings[start : start + BATCH], add_special_tokens=False)
         num_tokens += sum(map(len, found))
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu_seconds() - used, "tokens": num_tokens}
+    used = cpu_seconds() - used
+    return {
+        "rows": len(strings) // 3,
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": used,
+        "tokens": num_tokens,
+    }
 
 
 def prepared(request: dict[str, Any]) -> dict[str, float]:
@@ -139,7 +150,13 @@ def prepared(request: dict[str, Any]) -> dict[str, float]:
     entry = prepare_data.main(flags)
     seconds, used = time.perf_counter() - began, cpu_seconds() - used
     shutil.rmtree(folder / "data")
-    return {"seconds": seconds, "cpu_seconds": used, "kept": sum(split["kept"] for split in entry["counts"].values())}
+    rows = sum(split["kept"] + sum(split["dropped"].values()) for split in entry["counts"].values())
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "cpu_seconds": used,
+        "kept": sum(split["kept"] for split in entry["counts"].values()),
+    }
 
 
 def measure(side: str, request: dict[str, Any]) -> dict[str, float]:
@@ -152,41 +169,49 @@ def measure(side: str, request: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(runs: dict[str, list[dict[str, float]]], num_rows: int, num_cores: int) -> dict[str, Any]:
-    """Medians and ratios, printed.
+def report(runs: dict[str, list[dict[str, float]]], num_cores: int) -> dict[str, Any]:
+    """Median rates and their ratios, printed.
 
-    >>> runs = {side: [{"seconds": s, "tokens": 800}] for side, s in zip(SIDES, (4.0, 2.0, 2.5))}
-    >>> found = report(runs, 100, 2)
-    bare, one thread       4.00 s       25 rows/s       200 tokens/s
-    bare, all threads      2.00 s       50 rows/s       400 tokens/s
-    prepare_data.py        2.50 s       40 rows/s       320 tokens/s
+    >>> bare = [{"rows": 100, "seconds": s, "tokens": 800} for s in (4.0, 2.0)]
+    >>> prepared = {"rows": 200, "seconds": 5.0}
+    >>> found = report(dict(zip(SIDES, ([bare[0]], [bare[1]], [prepared]))), 2)
+    bare, one thread           25 rows/s       200 tokens/s
+    bare, all threads          50 rows/s       400 tokens/s
+    prepare_data.py            40 rows/s       320 tokens/s
     prepare_data.py is 0.80 x 2 cores x one thread, 0.80 x all threads
     """
-    medians = {side: statistics.median(run["seconds"] for run in runs[side]) for side in SIDES}
-    num_tokens = runs[SIDES[0]][0]["tokens"]
-    for side, seconds in medians.items():
-        print(f"{side:<20} {seconds:>6.2f} s {num_rows / seconds:>8,.0f} rows/s {num_tokens / seconds:>9,.0f} tokens/s")
-    one, every, ours = medians.values()
-    ratios = {"of_cores": one / ours / num_cores, "of_threads": every / ours}
+    rates = {side: statistics.median(run["rows"] / run["seconds"] for run in runs[side]) for side in SIDES}
+    tokens = runs[SIDES[0]][0]["tokens"] / runs[SIDES[0]][0]["rows"]
+    for side, rate in rates.items():
+        print(f"{side:<20} {rate:>8,.0f} rows/s {rate * tokens:>9,.0f} tokens/s")
+    one, every, ours = rates.values()
+    ratios = {"of_cores": ours / one / num_cores, "of_threads": ours / every}
     print(
         f"prepare_data.py is {ratios['of_cores']:.2f} x {num_cores} cores x one thread, "
         f"{ratios['of_threads']:.2f} x all threads"
     )
-    return {"rows": num_rows, "cores": num_cores, "seconds": medians, **ratios, "runs": runs}
+    return {"cores": num_cores, "rows_per_second": rates, **ratios, "runs": runs}
 
 
 def main(flags: SpeedFlags) -> dict[str, Any]:
     """Measure all sides in turn; returns the figures."""
-    check_positive(flags, "num_rows", "repeats")
+    check_positive(flags, "num_rows", "num_bare_rows", "repeats")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder:
-        write_text(flags, Path(folder))
-        request = {"folder": folder, "tokenizer_name": flags.tokenizer_name, "num_workers": flags.num_workers}
+    work = Path(flags.work_dir or tempfile.mkdtemp())
+    folder = work / f"text-{flags.num_rows}-{flags.num_bare_rows}-{flags.seed}"
+    try:
+        if not (folder / "strings.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(flags, folder)
+        request = {"folder": str(folder), "tokenizer_name": flags.tokenizer_name, "num_workers": flags.num_workers}
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for _ in range(flags.repeats):
             for side in SIDES:
                 runs[side].append(measure(side, request))
-    found = report(runs, flags.num_rows, cores)
+    finally:
+        if flags.work_dir is None:
+            shutil.rmtree(work)
+    found = report(runs, cores)
     if flags.output:
         write_json(flags.output, found)
     return found
