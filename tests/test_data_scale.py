@@ -115,7 +115,7 @@ def test_the_scale_benchmark(tmp_path):
     stages = data_scale.train(flags, tmp_path, threading.Barrier(1))
     assert [found["stage"].split(" (")[0] for found in stages] == [
         "open", "fit the model", "plan", "first micro-batch", "a step's rows", "a micro-batch",
-        "the rest of the epoch's batches",
+        "cut the rest of the epoch",
     ]  # fmt: skip
     assert "open" in data_scale.table(stages)
 

@@ -181,7 +181,7 @@ def train(flags: ScaleFlags, folder: Path, barrier: Any) -> list[dict[str, Any]]
     packed = sum(len([Forest([pair_tree(split[i]) for i in rows])]) for rows in islice(cuts, drawn))
     clock.note("a micro-batch", packed)
     seen = sum(len(rows) for step in steps for rows in cut(step, tokens=tokens, **batches))
-    clock.note(f"the rest of the epoch's batches ({seen:,} rows)")
+    clock.note(f"cut the rest of the epoch ({seen:,} rows)")
     barrier.wait()
     return clock.stages
 
