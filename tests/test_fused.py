@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.models import fused, plain
+from rlhf.models import fused, plain, products
+from rlhf.trees.forest import Forest, Tree
+from rlhf.trees.masks import dense_blocks
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -123,13 +125,55 @@ def test_decoding(size, window):
 @pytest.mark.parametrize("rows", [1, 8, 9, 23])
 @pytest.mark.parametrize("biased", [False, True])
 def test_products(rows, biased):
-    if not fused.multiplies(torch.float32, torch.bfloat16, CPU):
-        pytest.skip("the processor has no AVX512-BF16")
+    needs_tiles()
     weights = [drawn(96, 34), drawn(32, 34, seed=1)]
     x, bias = drawn(rows, 34, seed=2).bfloat16(), drawn(128, seed=3) if biased else None
     packed = torch.cat([fused.packed_tiles(weight) for weight in weights])
     exact = x.double() @ torch.cat(weights).bfloat16().double().T + (0 if bias is None else bias.double())
     near([fused.product(x, packed, bias)], [exact])
+
+
+FORESTS = {
+    "one token": [(1,)],
+    "chain": [(40, 7)],
+    "branches": [(5, 3, 4), (1, 2, 2, 9), (33, 1, 40)],
+    "empty segments": [(6, 0, 5), (3,)],
+    "over a block": [(31, 2, 1), (64, 30, 35), (95,)],
+}
+
+
+@pytest.mark.parametrize(("kv_heads", "group", "size"), [(3, 3, 64), (2, 1, 32), (1, 5, 96)])
+@pytest.mark.parametrize("trees", FORESTS)
+def test_attention_of_trees(trees, kv_heads, group, size):
+    """Nearer to exact arithmetic than bfloat16 products of blocks, which round what lies between."""
+    needs_tiles()
+    forest = Forest([Tree.of(*(torch.zeros(n, dtype=torch.long) for n in lengths)) for lengths in FORESTS[trees]])
+    shape = kv_heads, forest.num_tokens
+    q, k, v = drawn(*shape, group, size, scale=0.4), drawn(*shape, size, seed=100), drawn(*shape, size, seed=200)
+    operands = [x.bfloat16() for x in (q, k, v)]
+    grad = drawn(forest.num_tokens, kv_heads, group, size, seed=300).bfloat16()
+
+    def in_blocks(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        given, blocks = [x.to(dtype) for x in operands], dense_blocks(forest, None, dtype)
+        out, kept = products.attended(*given, blocks, keeps=True)
+        return out, *products.attended_backward(grad.to(dtype), *given, out, kept, blocks)
+
+    found, normalisers = fused.attended(*operands, forest)
+    grads = fused.attended_backward(grad, *operands, found, normalisers, forest)
+    for own, exact, rounded in zip((found, *grads), in_blocks(torch.float64), in_blocks(torch.bfloat16), strict=True):
+        assert (own - exact).norm() <= (rounded - exact).norm() + 1e-5 * own.numel() ** 0.5
+
+
+def test_attention_says_what_it_does_not_serve():
+    short, long = (Forest([Tree.of(torch.zeros(n, dtype=torch.long))]) for n in (9, fused.LARGEST_TREE + 1))
+    assert fused.attends(short, 64)
+    assert not fused.attends(short, 48)
+    assert not fused.attends(long, 64)
+
+
+def needs_tiles() -> None:
+    if not fused.multiplies(torch.float32, torch.bfloat16, CPU):
+        pytest.skip("the processor has no AVX512-BF16")
 
 
 def test_what_is_not_finite_stays_so():
@@ -149,6 +193,19 @@ def test_what_is_not_finite_stays_so():
     found = fused.decoded(q, k, k, keys, keys.clone(), torch.zeros(2, dtype=torch.long), 5, None)
     assert found[1].isnan().all()
     assert found[0].isfinite().all()
+
+
+def test_attention_of_trees_shows_what_is_not_finite():
+    needs_tiles()
+    forest = Forest([Tree.of(torch.zeros(n, dtype=torch.long)) for n in (5, 4)])
+    q, k = drawn(1, 9, 1, 32).bfloat16(), drawn(1, 9, 32).bfloat16()
+    k[0, 2, 3] = float("nan")
+    out, normalisers = fused.attended(q, k, k, forest)
+    assert out[2:5].isnan().all()
+    assert out[5:].isfinite().all()  # another tree: another row
+    grad = fused.attended_backward(torch.ones_like(out), q, k, k, out, normalisers, forest)[0]
+    assert grad[0, 2:5].isnan().all()
+    assert grad[0, 5:].isfinite().all()
 
 
 def test_without_the_compiler_layers_run_as_torch_operations(monkeypatch):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.trees.forest import Forest
+
 Turn = tuple[Tensor, Tensor]
 """(T, 1, D) cosines of the positions, and sines whose first half is negated."""
 _MIN_PARALLEL = 2**15
@@ -55,6 +57,8 @@ def usable(residual: torch.dtype, products: torch.dtype, device: torch.device) -
 
 def _run(name: str, rows: int, elements: int, *arguments: Tensor | int | float) -> None:
     kernels, parallel = _runtime()
+    if not hasattr(kernels, name):
+        kernels = _tiles()
     task = (ctypes.c_int64 * (len(arguments) + 1))(rows, *map(_word, arguments))
     threads = torch.get_num_threads() if elements >= _MIN_PARALLEL else 1
     parallel(getattr(kernels, name).address, task, threads, 0)
@@ -187,14 +191,19 @@ FEW_ROWS = 32
 
 def multiplies(weights: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
     """Whether `product` serves these weights: the processor has the instruction that it is made of."""
-    return usable(weights, products, device) and _has_instruction()
+    return usable(weights, products, device) and _tiles() is not None
 
 
 @cache
-def _has_instruction() -> bool:
+def _tiles() -> ModuleType | None:
+    """The kernels made of that instruction; None where the processor lacks it."""
     from llvmlite import binding
 
-    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
+    if not binding.get_host_cpu_features().get("avx512bf16", False):
+        return None
+    from rlhf.models import tiles
+
+    return tiles
 
 
 def packed_tiles(matrix: Tensor) -> Tensor:
@@ -221,3 +230,62 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     given = rows, inputs, x.contiguous(), packed, 0 if bias is None else bias, out, scratch
     _run("product", outputs // COLUMNS, outputs * inputs, *given)
     return out
+
+
+LARGEST_TREE = 512
+"""Tokens of a tree up to which `attended` serves; in larger ones oneDNN's products are faster than what they mask."""
+
+
+def attends(forest: Forest, size: int) -> bool:
+    """Whether `attended` serves these trees and this size of heads, where `multiplies` says that it can run."""
+    return size % COLUMNS == 0 and all(stop - start <= LARGEST_TREE for start, stop in forest.trees)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, Tensor]:
+    """Tree attention of what `rotated` returns, for the forest's T tokens.
+
+    Returns:
+        (T, kv_heads, group, D) bfloat16; and (kv_heads, T, group) float32: log of the sum of each query's exponentials.
+    """
+    kv_heads, num, group, size = q.shape
+    out, normalisers = q.new_empty(num, kv_heads, group, size), q.new_empty(q.shape[:3], dtype=torch.float32)
+    keys = -(-_longest(forest) // 32) * 32
+    words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys // 16
+    scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
+    given = *_places(forest), num, kv_heads, group, size, q, k, v, out, normalisers, scratch, words
+    _run("attended", forest.num_trees * kv_heads, q.numel() * keys, *given)
+    return out, normalisers
+
+
+def attended_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalisers: Tensor, forest: Forest
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attended`'s q (bfloat16), k and v (float32) from that of its output, (T, kv_heads, group, D)."""
+    kv_heads, num, group, size = q.shape
+    grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.empty_like(x, dtype=torch.float32) for x in (k, v))
+    keys, half_queries = -(-_longest(forest) // 32) * 32, -(-_longest(forest) * group // 8) * 4
+    words = (
+        3 * keys * size // 2
+        + 2 * half_queries * size
+        + 2 * keys * half_queries
+        + size * 8
+        + keys * 4
+        + 512
+        + keys // 16
+    )
+    scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
+    operands = q, k, v, out, normalisers, grad.contiguous(), grad_q, grad_k, grad_v
+    given = *_places(forest), num, kv_heads, group, size, *operands, scratch, words
+    _run("attended_backward", forest.num_trees * kv_heads, q.numel() * keys, *given)
+    return grad_q, grad_k, grad_v
+
+
+def _longest(forest: Forest) -> int:
+    return max(stop - start for start, stop in forest.trees)
+
+
+def _places(forest: Forest) -> tuple[Tensor, Tensor]:
+    """(trees, 2) starts and stops, and (T,) ends of the tokens' subtrees, kept on the forest."""
+    if "places" not in forest._cache:
+        forest._cache["places"] = torch.tensor(forest.trees, dtype=torch.long), forest.end.contiguous()
+    return forest._cache["places"]

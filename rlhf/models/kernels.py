@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import math
 
-from llvmlite import ir
-from numba import carray, cfunc, njit, types
-from numba.core.cgutils import get_or_insert_function
-from numba.extending import intrinsic
+from numba import carray, cfunc, njit
 
 from rlhf.models.compiled import (
     F32,
@@ -29,7 +26,6 @@ from rlhf.models.compiled import (
     thread,
     threads,
     wide,
-    words_at,
 )
 
 
@@ -259,123 +255,3 @@ def decoded(task):
                 _attended(query, keys[oldest : new + 1], values[oldest : new + 1], scores, into, to, 64)
             else:
                 _attended(query, keys[oldest : new + 1], values[oldest : new + 1], scores, into, to, size)
-
-
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_TILE, _ROWS, _TILES = 16, 8, 2
-"""Columns of a tile of a product, one register of float32 sums; rows and tiles that are summed up at once."""
-
-
-@intrinsic
-def _tile_product(_, x, packed, following, pairs, out):
-    """8 x 32 float32 sums over `pairs` pairs of bfloat16, by the instruction that multiplies and adds two at once.
-
-    Addresses: of x, for each pair of columns those of 8 rows; of two tiles, one after the other; of those whose way
-    from memory begins now; of the sums.
-    """
-
-    def emit(context, builder, signature, args):
-        x, packed, ahead, pairs, out = args
-        word, index = ir.IntType(32), ir.IntType(64)
-        sums, words = ir.VectorType(ir.FloatType(), _TILE), ir.VectorType(word, _TILE)
-        pairs_of = ir.VectorType(_BFloat(), 2 * _TILE)
-        kind = ir.FunctionType(sums, [sums, pairs_of, pairs_of])
-        multiply_add = get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-
-        def address(base, offset, element):
-            return builder.inttoptr(builder.add(base, offset), element.as_pointer())
-
-        before, body, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(body)
-        builder.position_at_end(body)
-        k = builder.phi(index)
-        totals = [[builder.phi(sums) for _ in range(_TILES)] for _ in range(_ROWS)]
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
-        prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        line, tile_bytes, weights = builder.shl(k, index(6)), builder.shl(pairs, index(6)), []
-        for i in range(_TILES):
-            place = builder.add(line, builder.mul(index(i), tile_bytes))
-            weights.append(builder.bitcast(builder.load(address(packed, place, words), align=4), pairs_of))
-            builder.call(prefetch, [address(ahead, place, ir.IntType(8)), word(0), word(2), word(1)])
-        found = []
-        for m in range(_ROWS):
-            pair = builder.load(address(x, builder.add(builder.shl(k, index(5)), index(4 * m)), word), align=4)
-            one = builder.insert_element(ir.Constant(words, ir.Undefined), pair, word(0))
-            everywhere = builder.bitcast(builder.shuffle_vector(one, one, ir.Constant(words, [0] * _TILE)), pairs_of)
-            found.append([builder.call(multiply_add, [totals[m][i], everywhere, weights[i]]) for i in range(_TILES)])
-        following = builder.add(k, index(1))
-        k.add_incoming(index(0), before)
-        k.add_incoming(following, body)
-        for m in range(_ROWS):
-            for i in range(_TILES):
-                totals[m][i].add_incoming(ir.Constant(sums, [0.0] * _TILE), before)
-                totals[m][i].add_incoming(found[m][i], body)
-        builder.cbranch(builder.icmp_signed("<", following, pairs), body, after)
-        builder.position_at_end(after)
-        for m in range(_ROWS):
-            for i in range(_TILES):
-                place = index(4 * _TILE * (m * _TILES + i))
-                builder.store(found[m][i], address(out, place, sums), align=4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), emit
-
-
-@cfunc(TASK, **OPTIONS)
-def packed_tiles(task):
-    """A float32 matrix, its width, out (halves).
-
-    A row is 16 rows of the matrix: for each pair of columns, the pair of every row.
-    """
-    a, first, last = begin(task)
-    width = a[2]
-    matrix, out = floats(a[1], a[0] * _TILE, width), halves(a[3], a[0] * (width // 2), 2 * _TILE)
-    for tile in range(first, last):
-        for m in range(_TILE):
-            row = matrix[tile * _TILE + m]
-            for k in range(width // 2):
-                to = out[tile * (width // 2) + k]
-                to[2 * m] = narrow(row[2 * k])
-                to[2 * m + 1] = narrow(row[2 * k + 1])
-
-
-@cfunc(TASK, **OPTIONS)
-def product(task):
-    """Rows of x, width, x (halves), packed, bias (floats, or 0), out (halves), scratch.
-
-    A row is two tiles of the packed weight.
-    """
-    a, first, last = begin(task)
-    num, width, columns = a[1], a[2], _TILES * _TILE
-    outputs, parts, pairs = a[0] * columns, (num + _ROWS - 1) // _ROWS, width // 2
-    part_bytes, tiles_bytes = pairs * 4 * _ROWS, pairs * 4 * columns
-    x, out, bias = carray(words_at(a[3]), (num, pairs)), halves(a[6], num, outputs), floats(a[5], 1, outputs)[0]
-    # Each thread lays the few rows of x out for itself, and has room for the sums after them.
-    laid_out = a[7] + thread() * (parts * part_bytes + 4 * _ROWS * columns)
-    to = carray(words_at(laid_out), (parts, pairs, _ROWS))
-    for row in range(num):
-        for k in range(pairs):
-            to[row // _ROWS, k, row % _ROWS] = x[row, k]
-    address = laid_out + parts * part_bytes
-    sums = floats(address, _ROWS, columns)
-    for tiles in range(first, last):
-        for i in range(parts):
-            here = a[4] + tiles * tiles_bytes
-            ahead = here + tiles_bytes if i == 0 and tiles + 1 < last else here
-            _tile_product(laid_out + i * part_bytes, here, ahead, pairs, address)
-            for m in range(min(_ROWS, num - i * _ROWS)):
-                for j in range(columns):
-                    total = sums[m, j] + bias[tiles * columns + j] if a[5] else sums[m, j]
-                    out[i * _ROWS + m, tiles * columns + j] = narrow(total)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.models import fused
 from rlhf.models.fused import Turn
 from rlhf.models.layers import Kept, Layer, LeanLinear, linears_of, product_dtype, turn_of
 from rlhf.models.plain import norm_backward, packed_together, turned_back
 from rlhf.models.products import attended, attended_backward
 from rlhf.trees.forest import Forest
-from rlhf.trees.masks import dense_blocks
+from rlhf.trees.masks import Block, dense_blocks
 
 Keep = Callable[[nn.Module, Tensor, Tensor], None]
 """Takes an attention layer, and its keys and values, (kv_heads, T, D) each."""
@@ -57,17 +58,51 @@ def _norms(layer: nn.Module) -> list[nn.Module]:
     return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
 
 
+class _Blocks:
+    """Attention of a forest as products over dense blocks; keeps the weights of those with few keys."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> tuple[Tensor, ...]:
+        out, weights = attended(q, k, v, self.blocks, keeps=keeps)
+        return out, *weights
+
+    def backward(self, grad: Tensor, q, k, v, out, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return attended_backward(grad, q, k, v, out, weights, self.blocks)
+
+
+class _Tiles:
+    """The same in tiles that leave out what no query sees; keeps a number a query."""
+
+    def __init__(self, forest: Forest) -> None:
+        self.forest = forest
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> tuple[Tensor, ...]:
+        return fused.attended(q, k, v, self.forest)
+
+    def backward(self, grad: Tensor, q, k, v, out, normalisers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return fused.attended_backward(grad, q, k, v, out, normalisers, self.forest)
+
+
+def _attention_of(forest: Forest, window: int | None, x: Tensor, q: Tensor) -> _Blocks | _Tiles:
+    wide = window is None or window > int(forest.positions.max())
+    if wide and fused.multiplies(x.dtype, q.dtype, x.device) and fused.attends(forest, q.shape[-1]):
+        return _Tiles(forest)
+    return _Blocks(dense_blocks(forest, window, q.dtype))
+
+
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cos, sin, forest, module, config, dtype, keep, x, *parameters):
         keeps = any(ctx.needs_input_grad)
-        blocks, operands = None, []
+        attention, operands = None, []
 
         def attend(packed):
-            nonlocal blocks
-            blocks = dense_blocks(forest, layer.window, packed.dtype)
+            nonlocal attention
             q, k, v = layer.operands(x, packed, (cos, sin))
-            out, kept = attended(q, k, v, blocks, keeps=keeps)
+            attention = _attention_of(forest, layer.window, x, q)
+            out, *kept = attention.forward(q, k, v, keeps=keeps)
             operands.extend([q, k, v, out, *kept])
             if keep is not None:
                 keep(layer.attention, k, v)
@@ -77,7 +112,7 @@ class _DecoderLayer(torch.autograd.Function):
             layer = Layer(module, config, lambda linears: LeanLinear(linears, dtype))
             out, kept = layer(x, attend)
         if keeps:
-            ctx.layer, ctx.blocks = layer, blocks
+            ctx.layer, ctx.attention = layer, attention
             ctx.save_for_backward(cos, sin, x, *kept, *operands)
         return out
 
@@ -87,7 +122,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer, kept, operands = ctx.layer, Kept(*saved[:4]), saved[4:]
         grad_middle, down, gates, middle_norm = _gated_backward(layer, grad, kept)
         grad_x, output, inputs, norm, head_norms = _attention_backward(
-            layer, grad_middle, x, kept, (cos, sin), operands, ctx.blocks
+            layer, grad_middle, x, kept, (cos, sin), operands, ctx.attention
         )
         groups = [*inputs, *output, *gates, *down, norm, middle_norm, *head_norms]
         return *(None,) * 7, grad_x, *(part.to(x.dtype) for part in groups)
@@ -105,12 +140,12 @@ def _gated_backward(layer: Layer, grad: Tensor, kept: Kept) -> tuple[Tensor, lis
     return grad_middle, down, gates, norm
 
 
-def _attention_backward(layer, grad, x, kept, turn, operands, blocks):
+def _attention_backward(layer, grad, x, kept, turn, operands, attention):
     """Through the first half: gradients of its input, of the linear layers, of the norm and of the heads' norms."""
     between, weight, eps = layer.operations(x), layer.norm.weight, layer.norm.variance_epsilon
-    q, k, v, out, *weights = operands
+    q, out = operands[0], operands[3]
     grad_out, *output = _through(layer.output, grad.to(q.dtype), kept.attended)
-    grads = attended_backward(grad_out.view(out.shape), q, k, v, out, weights, blocks)
+    grads = attention.backward(grad_out.view(out.shape), *operands)
     if layer.head_norms is None:
         grad_packed, head_norms = between.rotated_backward(*grads, turn, layer.scaling), []
     else:
