@@ -36,6 +36,7 @@ class Experience:
         parts: the rewards that the score adds up, by name, before their weights.
         process_rewards: (T,) what tokens earn of the score themselves, or None.
         row: of the prompt in its split.
+        graph: `values` with what led to them, for the first loss of the critic; None where it runs again for that.
     """
 
     position: int
@@ -49,6 +50,7 @@ class Experience:
     parts: dict[str, float] = field(default_factory=dict)
     process_rewards: Tensor | None = None
     row: int = 0
+    graph: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +153,7 @@ def collect(
     num_samples: int = 1,
     first: int = 0,
     stop_at_eos: bool = True,
+    keep_graph: bool = False,
 ) -> list[Experience]:
     """Sample responses to each prompt of `rows` (over all devices); rewards and frozen roles judge them.
 
@@ -161,6 +164,7 @@ def collect(
         num_samples: responses to each prompt; they share its tokens in every pass.
         first: prompts that were sampled earlier in the step, whose positions are taken.
         stop_at_eos: False samples a fixed length and cuts after the first EOS; the same numbers.
+        keep_graph: leave the values in the critic's graph, which is then as large as in training.
 
     Raises:
         NonFiniteError: a log-probability, value or reward that is not finite, on whatever device; it names the rows.
@@ -183,7 +187,8 @@ def collect(
         for batch in cut(range(len(places)), micro_batch_size=max(1, size // num_samples)):
             within = [i * num_samples + j for i in batch for j in range(num_samples)]
             trees = [Tree.of(texts[i], *responses[i * num_samples : (i + 1) * num_samples]) for i in batch]
-            ref_logps, values = judged(run, roles, Forest(trees), [len(responses[k]) for k in within], temperature)
+            lengths = [len(responses[k]) for k in within]
+            ref_logps, values = judged(run, roles, Forest(trees), lengths, temperature, keep_graph=keep_graph)
             for k, ref, value in zip(within, ref_logps, values, strict=True):
                 found.append(
                     Experience(
@@ -192,12 +197,13 @@ def collect(
                         response=responses[k],
                         old_logps=samples.token_logps[k][: len(responses[k])].cpu(),
                         ref_logps=ref,
-                        values=value,
+                        values=None if value is None else value.detach(),
                         score=float(scores.total[k]),
                         ended=ended[k],
                         parts={name: float(part[k]) for name, part in scores.parts.items()},
                         process_rewards=None if scores.token is None else scores.token[k],
                         row=rows[places[asked[k]]],
+                        graph=value if keep_graph else None,
                     )
                 )
     experiences = sorted(run.gather(found), key=lambda e: e.position)
@@ -232,9 +238,13 @@ def check_finite(
 
 
 def judged(
-    run: Run, roles: Roles, forest: Forest, lengths: list[int], temperature: float
+    run: Run, roles: Roles, forest: Forest, lengths: list[int], temperature: float, *, keep_graph: bool = False
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """For each branch its (T,) reference log-probabilities and (T + 1,) values; None where a role is not there."""
+    """For each branch its (T,) reference log-probabilities and (T + 1,) values; None where a role is not there.
+
+    Args:
+        keep_graph: of the values.
+    """
     forest = forest.to(run.device)
     ref_logps: list[Tensor | None] = [None] * len(lengths)
     values: list[Tensor | None] = [None] * len(lengths)
@@ -242,9 +252,10 @@ def judged(
         ref_logps = list(roles.reference(forest, temperature=temperature)[0].cpu().split(lengths))
     if roles.critic is not None:
         everywhere = torch.ones(len(lengths), dtype=torch.bool, device=run.device)
-        found = roles.critic(forest, value_index(forest, everywhere)).cpu()
-        before, after = found[: sum(lengths)].split(lengths), found[sum(lengths) :]
-        values = [torch.cat([b, after[k : k + 1]]) for k, b in enumerate(before)]
+        with torch.set_grad_enabled(keep_graph):
+            found = roles.critic(forest, value_index(forest, everywhere)).cpu()
+            before, after = found[: sum(lengths)].split(lengths), found[sum(lengths) :]
+            values = [torch.cat([b, after[k : k + 1]]) for k, b in enumerate(before)]
     return ref_logps, values
 
 

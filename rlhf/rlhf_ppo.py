@@ -176,7 +176,10 @@ class PPOFlags(
 
 @dataclass
 class Batch:
-    """A packed micro-batch: R response tokens and V values: before each token, then the end states that count."""
+    """A packed micro-batch: R response tokens and V values: before each token, then the end states that count.
+
+    `values`, where the rollout kept their graph, are the critic's own.
+    """
 
     forest: Forest
     value_index: Tensor
@@ -184,10 +187,21 @@ class Batch:
     advantages: Tensor
     old_values: Tensor
     returns: Tensor
+    values: Tensor | None = None
 
     def to(self, device: torch.device) -> None:
         for name, value in vars(self).items():
-            setattr(self, name, value.to(device))
+            if value is not None:
+                setattr(self, name, value.to(device))
+
+
+def keeps_graph(flags: PPOFlags, run: Run) -> bool:
+    """Whether the critic's pass over a rollout serves its first update too: the rollout is one micro-batch there.
+
+    With several, their graphs would stand in memory together; with several devices, each trains on other rows.
+    """
+    one = flags.rollout_size <= min(flags.mini_batch_size, flags.micro_batch_size, flags.rollout_mini_batch_size)
+    return one and not flags.micro_batch_tokens and run.world_size == 1
 
 
 def shaped_scores(rollout: Rollout, flags: PPOFlags, moments: RunningMoments) -> Tensor:
@@ -244,18 +258,24 @@ def pack(experiences: list[Experience], targets: Targets, advantages: Tensor, ro
     has_end = [n < width for n in lengths]
     ends = [k for k, room in enumerate(has_end) if room]
     places = list(zip(rows, lengths, strict=True))
+
+    def in_order(of_each: list[Tensor]) -> Tensor:
+        """(V,) from (T + 1,) values of each response."""
+        return torch.cat([*(values[:-1] for values in of_each), *(of_each[k][-1:] for k in ends)])
+
     return Batch(
         forest=forest,
         value_index=value_index(forest, torch.tensor(has_end, dtype=torch.bool)),
         old_logps=torch.cat([e.old_logps for e in chosen]),
         advantages=torch.cat([advantages[i, :n] for i, n in places]),
-        old_values=torch.cat([*(e.values[:-1] for e in chosen), *(chosen[k].values[-1:] for k in ends)]),
+        old_values=in_order([e.values for e in chosen]),
         returns=torch.cat(
             [
                 *(targets.returns[i, :n] for i, n in places),
                 *(targets.returns[rows[k], lengths[k] : lengths[k] + 1] for k in ends),
             ]
         ),
+        values=in_order([e.graph for e in chosen]) if all(e.graph is not None for e in chosen) else None,
     )
 
 
@@ -282,7 +302,7 @@ def policy_losses(actor: torch.nn.Module, batch: Batch, flags: PPOFlags, step: S
 
 def value_losses(critic: torch.nn.Module, batch: Batch, flags: PPOFlags, step: Step) -> Tensor:
     """Summed (clipped) squared error of the critic's values."""
-    values = critic(batch.forest, batch.value_index)
+    values = critic(batch.forest, batch.value_index) if batch.values is None else batch.values
     step.watch("values", values, batch.forest, batch.value_index, name="critic")
     clip = flags.value_clip_coeff or None
     losses = ppo_value_loss(values, batch.old_values, batch.returns, clip_coef=clip)
@@ -398,9 +418,8 @@ def main(flags: PPOFlags) -> dict:
 
     for step in run.steps(len(prompts)):
         try:
-            experiences = collect(
-                run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, stop_at_eos=flags.stop_at_eos
-            )
+            options = {"stop_at_eos": flags.stop_at_eos, "keep_graph": keeps_graph(flags, run)}
+            experiences = collect(run, flags, roles, rewards, prompts, step.global_rows, flags.temperature, **options)
         except NonFiniteError as error:
             assess_and_save()  # before the step is counted, as a resumed run comes to it again
             step.skip(error)
@@ -441,11 +460,14 @@ def main(flags: PPOFlags) -> dict:
                 given = {"rows": rows, "row_of": row_of, "tokens": tokens}
                 for batch in step.micro_batches(of_rows, actor, critic, **given):
                     batch.to(run.device)
+                    value_loss = value_losses(critic, batch, flags, step)
+                    step.backward(flags.vf_coeff * value_loss / num_values, name="critic")
+                    batch.values = None
+                    for experience in experiences:
+                        experience.graph = None  # used up: the actor's pass has its room
                     if not warming_up:
                         policy_loss = policy_losses(actor, batch, flags, step, ratios)
                         step.backward(policy_loss / num_tokens, name="actor")
-                    value_loss = value_losses(critic, batch, flags, step)
-                    step.backward(flags.vf_coeff * value_loss / num_values, name="critic")
                     step.num_tokens += batch.forest.num_tokens
                 if flags.ptx_coef and not warming_up:
                     update = run.step_index * updates + epoch * mini_batches + start // mini_batch

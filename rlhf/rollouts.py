@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from rlhf.masked import widest
+from rlhf.models import fused
 from rlhf.models.attention import KeepingAttention, attending
-from rlhf.models.forward import trunk_of, unwrapped, using_adapter
+from rlhf.models.forward import forest_states, trunk_of, unwrapped, using_adapter
 from rlhf.models.lean import LeanTrunk
 from rlhf.models.policy import Policy, logit_scale, logit_softcap
 from rlhf.trees.forest import Forest, Tree
@@ -176,24 +177,41 @@ class _Decode:
             pair[:] = [buffer.unflatten(0, (num, -1))[rows].flatten(0, 1) for buffer in pair]
 
     def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
-        keys, values = self.buffers[id(layer)]
-        keys[:, self.length - 1] = key.flatten(0, 2)
-        values[:, self.length - 1] = value.flatten(0, 2)
+        """Attention of a model's own layer: (B, heads, 1, D) queries, (B, kv_heads, 1, D) keys and values."""
         b, heads, _, d = query.shape
         # The query heads of one key head are the rows of one product: nothing is repeated.
-        scaled = query.reshape(len(keys), -1, d) * (d**-0.5 if scaling is None else scaling)
-        scores = torch.bmm(scaled, keys.transpose(1, 2))
+        scaled = query.reshape(b, key.shape[1], -1, d) * (d**-0.5 if scaling is None else scaling)
+        out = self._attended(layer, scaled, key.squeeze(2), value.squeeze(2), window, softcap)
+        return out.view(b, 1, heads, -1)
+
+    def decode(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Attention of a lean layer: see `rlhf.models.lean.Decode`."""
+        if fused.usable(torch.float32, q.dtype, q.device):
+            keys, values = self.buffers[id(layer)]
+            return fused.decoded(q, k, v, keys, values, self.starts, self.length, window)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return self._attended(layer, q, k, v, window, None).flatten(1)
+
+    def _attended(
+        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
+    ) -> Tensor:
+        """(B, kv_heads, group, E) from scaled queries (B, kv_heads, group, D), keys and values (B, kv_heads, ..)."""
+        keys, values = self.buffers[id(layer)]
+        keys[:, self.length - 1] = key.flatten(0, 1)
+        values[:, self.length - 1] = value.flatten(0, 1)
+        scores = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2))
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
-        scores.view(b, heads, -1).add_(self._mask(window, query.dtype))
-        return torch.bmm(scores.softmax(-1), values).view(b, 1, heads, -1)
+        scores.view(len(query), -1, self.room).add_(self._mask(window, query.dtype))
+        return torch.bmm(scores.softmax(-1), values).view(*query.shape[:3], -1)
 
 
 class _Decoder:
     """The sampling loop on tree attention, over a lean trunk where the architecture has one."""
 
     def __init__(self, policy: Policy, rows: int) -> None:
-        self.hf, self.device = unwrapped(policy.model), next(policy.parameters()).device
+        self.model, self.device = policy.model, next(policy.parameters()).device
+        self.hf = unwrapped(policy.model)
         lean = LeanTrunk.of(policy.model, rows)
         self.trunk = lean or _PlainTrunk(trunk_of(policy.model))
         head = self.hf.get_output_embeddings()
@@ -203,8 +221,7 @@ class _Decoder:
         device = self.device
         forest = Forest([Tree.of(prompt) for prompt in prompts]).to(device)
         prefill = KeepingAttention(forest)
-        with attending(prefill):
-            states = self.trunk(forest.input_ids[None], forest.positions[None])[0]
+        states = forest_states(self.model, forest, keeping=prefill)
         states = states[forest.branch_last].repeat_interleave(num_samples, 0)
         lengths = [len(prompt) for prompt in prompts]
         cache = _Decode(prefill, lengths, num_samples)
@@ -237,8 +254,7 @@ class _Decoder:
             if t + 1 == sampling.max_new_tokens:
                 break
             cache.advance()
-            with attending(cache):
-                states = self.trunk(chosen[:, None], depth[:, None])[:, 0]
+            states = self.trunk(chosen, depth, cache)
             depth = depth + 1
         ids, all_logps = tokens.cpu(), logps.cpu()
         return Samples(
@@ -262,9 +278,10 @@ class _PlainTrunk:
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk = trunk
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        given = {"input_ids": input_ids, "position_ids": position_ids}
-        return self.trunk(**given, use_cache=False, return_dict=True).last_hidden_state
+    def __call__(self, input_ids: Tensor, positions: Tensor, cache: _Decode) -> Tensor:
+        given = {"input_ids": input_ids[:, None], "position_ids": positions[:, None]}
+        with attending(cache):
+            return self.trunk(**given, use_cache=False, return_dict=True).last_hidden_state[:, 0]
 
 
 def _noise(sampling: Sampling, sample_ids: list[int], device) -> Tensor:

@@ -65,7 +65,7 @@ ALLOWED = {
         "transformers",
         "xxhash",
     },
-    2: {"peft"},
+    2: {"llvmlite", "numba", "peft"},
     3: {"lightning", "torchmetrics"},
     SCRIPT_LAYER: set(),
 }

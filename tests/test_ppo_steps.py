@@ -252,3 +252,36 @@ def test_a_mismatch_stops_the_run_before_any_update(world, tmp_path, monkeypatch
     with pytest.raises(UserError, match="policy and reference differ by"):
         rlhf_ppo.main(flags_of(world, tmp_path / "run"))
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 1),
+        ({"ppo_epochs": 2}, 2),
+        ({"micro_batch_size": 2}, 1 + 2),
+        ({"micro_batch_tokens": 10_000}, 1 + 1),
+        ({"rollout_mini_batch_size": 2}, 2 + 1),
+        ({"rollout_size": 8}, 1 + 2),
+    ],
+    ids=str,
+)
+def test_the_critics_pass_over_a_rollout_serves_its_first_update(world, tmp_path, monkeypatch, changes, passes):
+    """Where the rollout is one micro-batch; in a second epoch the critic has moved, and more graphs would add up."""
+    calls, before, load, assess = [], [], rlhf_ppo.load_roles, rlhf_ppo.assess_policy
+
+    def loaded(*args, **options):
+        roles = load(*args, **options)
+        roles.critic.register_forward_pre_hook(lambda *_: calls.append(None))
+        return roles
+
+    def assessed(*args, **options):
+        before.append(len(calls))
+        return assess(*args, **options)
+
+    monkeypatch.setattr(rlhf_ppo, "load_roles", loaded)
+    monkeypatch.setattr(rlhf_ppo, "assess_policy", assessed)
+    sizes = {"rollout_size": 4, "mini_batch_size": 4, "micro_batch_size": 4, "rollout_mini_batch_size": 8}
+    watched = train(flags_of(world, tmp_path / "run", **{**ONE_STEP, **sizes, "max_steps": 1, **changes}), monkeypatch)
+    assert before == [passes]
+    assert all(e.graph is None for e in watched.experiences[0])

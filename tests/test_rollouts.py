@@ -127,7 +127,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples():
     policy, shapes = policy_of("llama"), []
     policy.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape))
     generate(policy, prompts(), Sampling(3), num_samples=5)
-    assert [tuple(shape) for shape in shapes] == [(1, sum(LENGTHS)), (20, 1), (20, 1)]
+    assert [tuple(shape) for shape in shapes] == [(sum(LENGTHS),), (20,), (20,)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptj"])

@@ -8,17 +8,24 @@ autocast's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf.models import fused
+from rlhf.models.fused import Turn
+from rlhf.models.plain import normed, operations, turned
+from rlhf.models.products import laid_out
+
 ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 """Trunks whose layers are what `Layer` computes: pre-norm, rotary positions, gated SiLU."""
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Rotated queries (B, heads, Q, D), keys and values (B, kv_heads, Q, ..) to (B, Q, heads, E)."""
+Attend = Callable[[Tensor], Tensor]
+"""Projections (T, heads + 2 kv_heads, D) of queries, keys and values to (T, heads * E)."""
 
 
 def is_lean(trunk: nn.Module) -> bool:
@@ -42,28 +49,22 @@ def product_dtype(trunk: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def turn_of(trunk: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, Q, 1, D) cosines and sines of the positions, as `turned` takes them."""
-    cos, sin = trunk.rotary_emb(x, position_ids=position_ids)
+def turn_of(trunk: nn.Module, x: Tensor, positions: Tensor) -> Turn:
+    """Cosines and sines of (T,) positions for a residual stream (T, H)."""
+    cos, sin = trunk.rotary_emb(x, position_ids=positions[None])
     half = cos.shape[-1] // 2
     # rotate_half(x) * sin, as the swapped halves of x times the sine with its first half negated.
-    return cos[:, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, :, None]
-
-
-def turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """(.., D) heads rotated to their positions, in the dtype of the angles."""
-    cos, sin = turn
-    return x * cos + x.roll(cos.shape[-1] // 2, -1) * sin
+    return cos[0, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[0, :, None]
 
 
 class Kept(NamedTuple):
     """What a layer's backward pass needs beside its input.
 
     Attributes:
-        packed: (B, Q, heads + 2 kv_heads, D) projections before norms and rotation; None without norms of heads.
-        attended: (B, Q, heads * E), the output projection's input.
-        middle: (B, Q, H) residual stream between attention and gated layer.
-        gate_up: (B, Q, 2 F).
+        packed: (T, heads + 2 kv_heads, D) projections before norms and rotation; None without norms of heads.
+        attended: (T, heads * E), the output projection's input.
+        middle: (T, H) residual stream between attention and gated layer.
+        gate_up: (T, 2 F).
     """
 
     packed: Tensor | None
@@ -85,24 +86,39 @@ class Layer:
         self.head_norms = None
         if hasattr(self.attention, "q_norm"):
             self.head_norms = self.attention.q_norm, self.attention.k_norm
+        self.scaling = self.attention.scaling
         self.inputs, self.output, self.gate_up, self.down = map(linear, linears_of(layer))
 
-    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Kept]:
-        """(B, Q, H) residual stream to that after the layer, without autocast and without a graph."""
-        rows, num, _ = x.shape
-        packed = self.inputs(normed(x, self.norm)).view(rows, num, self.heads + 2 * self.kv_heads, -1)
-        rotated, value = packed.split([self.heads + self.kv_heads, self.kv_heads], 2)
-        if self.head_norms is not None:
-            parts = rotated.split([self.heads, self.kv_heads], 2)
-            rotated = torch.cat([normed(part, norm) for part, norm in zip(parts, self.head_norms, strict=True)], 2)
-        rotated = turned(rotated, turn).to(packed.dtype)
-        query, key = rotated.split([self.heads, self.kv_heads], 2)
-        attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).reshape(rows, num, -1)
-        middle = x + self.output(attended)
-        gate_up = self.gate_up(normed(middle, self.middle_norm))
-        gate, up = gate_up.chunk(2, -1)
-        out = middle + self.down(F.silu(gate).mul_(up))
+    def operations(self, x: Tensor) -> ModuleType:
+        """What runs between the matrix products over this residual stream."""
+        return operations(x, self.norm.weight, self.inputs.dtype)
+
+    def __call__(self, x: Tensor, attend: Attend) -> tuple[Tensor, Kept]:
+        """(T, H) residual stream to that after the layer, without autocast and without a graph."""
+        between, norm, middle_norm = self.operations(x), self.norm, self.middle_norm
+        states = between.normed(x, norm.weight, norm.variance_epsilon)
+        packed = self.inputs(states).view(len(x), self.heads + 2 * self.kv_heads, -1)
+        attended = attend(packed)
+        output = self.output(attended)
+        middle, states = between.added_and_normed(x, output, middle_norm.weight, middle_norm.variance_epsilon)
+        gate_up = self.gate_up(states)
+        out = middle + self.down(between.gated(gate_up))
         return out, Kept(packed if self.head_norms is not None else None, attended, middle, gate_up)
+
+    def operands(self, x: Tensor, packed: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention's operands as `products.laid_out` gives them, from what `Attend` is given.
+
+        Args:
+            x: (T, H) residual stream before the layer.
+        """
+        if self.head_norms is None:
+            return self.operations(x).rotated(packed, turn, self.kv_heads, self.scaling)
+        parts = packed.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        query, key = (
+            turned(normed(part, norm.weight, norm.variance_epsilon), turn).to(packed.dtype)
+            for part, norm in zip(parts, self.head_norms, strict=False)
+        )
+        return laid_out(query, key, parts[2], self.scaling)
 
 
 class LeanLinear:
@@ -117,20 +133,19 @@ class LeanLinear:
     def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, rows: int | None = None) -> None:
         weights = [linear.weight.detach() for linear in linears]
         biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
-        self.dtype, self.packed = dtype, False
-        self.sizes = [len(weight) for weight in weights]
-        if weights[0].dtype != dtype:
+        self.dtype, self.sizes = dtype, [len(weight) for weight in weights]
+        self.packed: Callable[[Tensor], Tensor] | None = None
+        if weights[0].dtype != dtype and rows is not None:
+            self.packed = _packed(weights, biases, dtype, rows)
+        if weights[0].dtype != dtype and self.packed is None:
             weights, biases = [_joined(weights, dtype)], [None if biases[0] is None else _joined(biases, dtype)]
-            self.packed = rows is not None and _can_pack(weights[0])
-            if self.packed:
-                weights = [torch.ops.mkldnn._reorder_linear_weight(weights[0], rows)]
-        self.pieces = list(zip(weights, biases, strict=True))
+        self.pieces = [] if self.packed else list(zip(weights, biases, strict=True))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(.., inputs) of any dtype to (.., outputs of all layers in turn), in `dtype`."""
         x = x.to(self.dtype)
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, *self.pieces[0], "none", [], "")
+        if self.packed is not None:
+            return self.packed(x)
         outputs = [F.linear(x, weight, bias) for weight, bias in self.pieces]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -163,21 +178,31 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN can lay the weight out once; otherwise it does so again for every product (a third of its time
-    at 16 rows)."""
+def _packed(
+    weights: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype, rows: int
+) -> Callable[[Tensor], Tensor] | None:
+    """The product with these matrices end to end, laid out once for about so many rows; None where that cannot be.
+
+    Unpacked, oneDNN lays a matrix out again for every product: a third of its time at 16 rows.
+    """
+    fits = all(len(weight) % fused.COLUMNS == 0 and weight.shape[1] % 2 == 0 for weight in weights)
+    if fits and rows <= fused.FEW_ROWS and fused.multiplies(weights[0].dtype, dtype, weights[0].device):
+        tiles = torch.cat([fused.packed_tiles(weight) for weight in weights])
+        bias = None if biases[0] is None else torch.cat(biases)
+        return partial(fused.product, packed=tiles, bias=bias)
+    if not _onednn_packs(weights[0].device, dtype):
+        return None
+    weight = torch.ops.mkldnn._reorder_linear_weight(_joined(weights, dtype), rows)
+    bias = None if biases[0] is None else _joined(biases, dtype)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _onednn_packs(device: torch.device, dtype: torch.dtype) -> bool:
     return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        device.type == "cpu"
+        and dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def normed(x: Tensor, norm: nn.Module) -> Tensor:
-    """The root-mean-square norm of the last axis, rounded as transformers rounds it."""
-    if x.dtype == norm.weight.dtype:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    return norm.weight * F.rms_norm(x, norm.weight.shape, None, norm.variance_epsilon)

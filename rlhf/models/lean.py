@@ -1,24 +1,32 @@
-"""The trunk of Llama-like models for sampling, in few operations a layer.
+"""The trunk of Llama-like models for one token a row, in few operations a layer.
 
-Where one token a row goes through the model, the arithmetic is small and what is paid for is reading the weights and
-calling operations. Here the weights stand in the dtype of the products, packed for the processor where it can be, and
-a layer is some twenty operations (`rlhf/models/layers.py`).
+There the arithmetic is small and what is paid for is reading the weights and calling operations. The weights stand in
+the dtype of the products, packed for the processor where it can be, and a layer is some ten operations
+(`rlhf/models/layers.py`).
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models.attention import active_plan
 from rlhf.models.forward import trunk_of
-from rlhf.models.layers import Attend, Layer, LeanLinear, is_lean, normed, product_dtype, turn_of
+from rlhf.models.layers import Layer, LeanLinear, is_lean, product_dtype, turn_of
+
+
+class Decode(Protocol):
+    """Keys and values of the tokens before, and attention to them."""
+
+    def decode(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """(T, heads * E) from an attention layer, operands of `Layer.operands`, and its sliding window."""
 
 
 class LeanTrunk:
-    """Token ids to hidden states, under the attention plan of the context (`attending`).
+    """Token ids to hidden states, one token a row.
 
     Where products run in another dtype than the weights', it holds a copy of them as they are when it is made, so it
     serves until the next optimiser step.
@@ -46,21 +54,16 @@ class LeanTrunk:
         return cls(trunk, rows) if is_lean(trunk) else None
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """(B, Q) ids and positions to (B, Q, H) hidden states after the last norm."""
-        x = self.trunk.embed_tokens(input_ids)
-        turn = turn_of(self.trunk, x, position_ids)
+    def __call__(self, input_ids: Tensor, positions: Tensor, cache: Decode) -> Tensor:
+        """(T,) ids and positions to (T, H) hidden states after the last norm, in the dtype of the residual stream or of
+        the products."""
+        x, norm = self.trunk.embed_tokens(input_ids), self.trunk.norm
+        turn = turn_of(self.trunk, x, positions)
         with torch.autocast(x.device.type, enabled=False):
             for layer in self.layers:
-                x, _ = layer(x, turn, _planned(layer))
-            return normed(x, self.trunk.norm)
 
+                def attend(packed: Tensor, layer: Layer = layer, x: Tensor = x) -> Tensor:
+                    return cache.decode(layer.attention, *layer.operands(x, packed, turn), layer.window)
 
-def _planned(layer: Layer) -> Attend:
-    plan, attention = active_plan(), layer.attention
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        options = {"scaling": attention.scaling, "dropout": 0.0, "window": layer.window, "softcap": None}
-        return plan(attention, query, key, value, **options)
-
-    return attend
+                x, _ = layer(x, attend)
+            return layer.operations(x).normed(x, norm.weight, norm.variance_epsilon)

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.models import fused
+from rlhf.models.fused import Turn
 from rlhf.models.layers import Kept, Layer, LeanLinear, linears_of, product_dtype, turn_of
-from rlhf.models.products import attended, attended_backward, laid_out
+from rlhf.models.plain import norm_backward, packed_together, turned_back
+from rlhf.models.products import attended, attended_backward
 from rlhf.trees.forest import Forest
-from rlhf.trees.masks import dense_blocks
+from rlhf.trees.masks import Block, dense_blocks
 
 Keep = Callable[[nn.Module, Tensor, Tensor], None]
 """Takes an attention layer, and its keys and values, (kv_heads, T, D) each."""
@@ -34,7 +36,7 @@ def trained_states(trunk: nn.Module, forest: Forest, *, keep: Keep | None = None
         keep: called with the keys and values of every layer.
     """
     x = trunk.embed_tokens(forest.input_ids)
-    turn = tuple(part[0] for part in turn_of(trunk, x, forest.positions[None]))
+    turn = turn_of(trunk, x, forest.positions)
     dtype = product_dtype(trunk)
     recompute = trunk.training and getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()
     for layer in trunk.layers:
@@ -56,29 +58,63 @@ def _norms(layer: nn.Module) -> list[nn.Module]:
     return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
 
 
+class _Blocks:
+    """Attention of a forest as products over dense blocks; keeps the weights of those with few keys."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> tuple[Tensor, ...]:
+        out, weights = attended(q, k, v, self.blocks, keeps=keeps)
+        return out, *weights
+
+    def backward(self, grad: Tensor, q, k, v, out, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return attended_backward(grad, q, k, v, out, weights, self.blocks)
+
+
+class _Tiles:
+    """The same in tiles that leave out what no query sees; keeps a number a query."""
+
+    def __init__(self, forest: Forest) -> None:
+        self.forest = forest
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, keeps: bool) -> tuple[Tensor, ...]:
+        return fused.attended(q, k, v, self.forest)
+
+    def backward(self, grad: Tensor, q, k, v, out, normalisers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return fused.attended_backward(grad, q, k, v, out, normalisers, self.forest)
+
+
+def _attention_of(forest: Forest, window: int | None, x: Tensor, q: Tensor) -> _Blocks | _Tiles:
+    wide = window is None or window > int(forest.positions.max())
+    if wide and fused.multiplies(x.dtype, q.dtype, x.device) and fused.attends(forest, q.shape[-1]):
+        return _Tiles(forest)
+    return _Blocks(dense_blocks(forest, window, q.dtype))
+
+
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cos, sin, forest, module, config, dtype, keep, x, *parameters):
         keeps = any(ctx.needs_input_grad)
-        blocks, operands = None, []
+        attention, operands = None, []
 
-        def attend(query, key, value):
-            nonlocal blocks
-            blocks = dense_blocks(forest, layer.window, query.dtype)
-            q, k, v = laid_out(*(part[0].transpose(0, 1) for part in (query, key, value)), layer.attention.scaling)
-            out, kept = attended(q, k, v, blocks, keeps=keeps)
+        def attend(packed):
+            nonlocal attention
+            q, k, v = layer.operands(x, packed, (cos, sin))
+            attention = _attention_of(forest, layer.window, x, q)
+            out, *kept = attention.forward(q, k, v, keeps=keeps)
             operands.extend([q, k, v, out, *kept])
             if keep is not None:
                 keep(layer.attention, k, v)
-            return out.flatten(1, 2)[None]
+            return out.flatten(1)
 
         with torch.autocast(x.device.type, enabled=False):
             layer = Layer(module, config, lambda linears: LeanLinear(linears, dtype))
-            out, kept = layer(x[None], (cos, sin), attend)
+            out, kept = layer(x, attend)
         if keeps:
-            ctx.layer, ctx.blocks = layer, blocks
-            ctx.save_for_backward(cos, sin, x, *(part if part is None else part[0] for part in kept), *operands)
-        return out[0]
+            ctx.layer, ctx.attention = layer, attention
+            ctx.save_for_backward(cos, sin, x, *kept, *operands)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
@@ -86,7 +122,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer, kept, operands = ctx.layer, Kept(*saved[:4]), saved[4:]
         grad_middle, down, gates, middle_norm = _gated_backward(layer, grad, kept)
         grad_x, output, inputs, norm, head_norms = _attention_backward(
-            layer, grad_middle, x, kept, (cos, sin), operands, ctx.blocks
+            layer, grad_middle, x, kept, (cos, sin), operands, ctx.attention
         )
         groups = [*inputs, *output, *gates, *down, norm, middle_norm, *head_norms]
         return *(None,) * 7, grad_x, *(part.to(x.dtype) for part in groups)
@@ -94,67 +130,45 @@ class _DecoderLayer(torch.autograd.Function):
 
 def _gated_backward(layer: Layer, grad: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """Through the second half of a layer: gradients of its input, of the linear layers and of the norm."""
-    gate, up = kept.gate_up.chunk(2, -1)
-    activated = F.silu(gate)
-    grad_product, *down = _through(layer.down, grad.to(gate.dtype), activated * up)
-    grad_gate_up = torch.empty_like(kept.gate_up)
-    grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-    torch.mul(grad_product, activated, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad_product.mul_(up), gate, grad_input=grad_gate)
-    states, scale = _standardised(kept.middle, layer.middle_norm)
-    grad_states, *gates = _through(layer.gate_up, grad_gate_up, (states * layer.middle_norm.weight).to(gate.dtype))
-    grad_middle, norm = _norm_backward(grad_states, states, scale, layer.middle_norm)
-    return grad_middle.add_(grad), down, gates, norm
+    between, weight, eps = layer.operations(kept.middle), layer.middle_norm.weight, layer.middle_norm.variance_epsilon
+    dtype = kept.gate_up.dtype
+    grad_product, *down = _through(layer.down, grad.to(dtype), between.gated(kept.gate_up))
+    grad_gate_up = between.gated_backward(kept.gate_up, grad_product)
+    states = between.normed(kept.middle, weight, eps).to(dtype)
+    grad_states, *gates = _through(layer.gate_up, grad_gate_up, states)
+    grad_middle, norm = between.norm_backward(grad_states, kept.middle, weight, eps, grad)
+    return grad_middle, down, gates, norm
 
 
-def _attention_backward(layer, grad, x, kept, turn, operands, blocks):
+def _attention_backward(layer, grad, x, kept, turn, operands, attention):
     """Through the first half: gradients of its input, of the linear layers, of the norm and of the heads' norms."""
-    q, k, v, out, *weights = operands
+    between, weight, eps = layer.operations(x), layer.norm.weight, layer.norm.variance_epsilon
+    q, out = operands[0], operands[3]
     grad_out, *output = _through(layer.output, grad.to(q.dtype), kept.attended)
-    grad_q, grad_k, grad_v = attended_backward(grad_out.view(out.shape), q, k, v, out, weights, blocks)
-    heads, kv_heads = layer.heads, layer.kv_heads
-    grad_packed = q.new_empty(len(x), heads + 2 * kv_heads, q.shape[-1])
-    grad_query, grad_key, grad_value = grad_packed.split([heads, kv_heads, kv_heads], 1)
-    torch.mul(grad_q.transpose(0, 1), layer.attention.scaling, out=grad_query.unflatten(1, (kv_heads, -1)))
-    grad_key.copy_(grad_k.transpose(0, 1))
-    grad_value.copy_(grad_v.transpose(0, 1))
-    rotated = grad_packed[:, : heads + kv_heads]
-    cos, sin = turn
-    # The swap of halves in `turned` is its own inverse.
-    unrotated = (rotated * sin).roll(sin.shape[-1] // 2, -1).addcmul_(rotated, cos)
-    head_norms = []
-    if layer.head_norms is not None:
-        before = kept.packed[:, : heads + kv_heads].to(x.dtype)
-        for part, states, norm in zip(
-            unrotated.split([heads, kv_heads], 1), before.split([heads, kv_heads], 1), layer.head_norms, strict=True
-        ):
-            grad_part, grad_norm = _norm_backward(part, *_standardised(states, norm), norm)
-            part.copy_(grad_part)
-            head_norms.append(grad_norm)
-    rotated.copy_(unrotated)
-    states, scale = _standardised(x, layer.norm)
-    grad_states, *inputs = _through(layer.inputs, grad_packed.flatten(1), (states * layer.norm.weight).to(q.dtype))
-    grad_x, norm = _norm_backward(grad_states, states, scale, layer.norm)
-    return grad_x.add_(grad), output, inputs, norm, head_norms
+    grads = attention.backward(grad_out.view(out.shape), *operands)
+    if layer.head_norms is None:
+        grad_packed, head_norms = between.rotated_backward(*grads, turn, layer.scaling), []
+    else:
+        grad_packed, head_norms = _head_norms_backward(layer, packed_together(*grads, layer.scaling), kept.packed, turn)
+    states = between.normed(x, weight, eps).to(q.dtype)
+    grad_states, *inputs = _through(layer.inputs, grad_packed.flatten(1), states)
+    grad_x, norm = between.norm_backward(grad_states, x, weight, eps, grad)
+    return grad_x, output, inputs, norm, head_norms
+
+
+def _head_norms_backward(layer: Layer, grad: Tensor, packed: Tensor, turn: Turn) -> tuple[Tensor, list[Tensor]]:
+    """Through rotation and norms of heads: `grad`, laid out as `packed` and written over, and the norms' gradients."""
+    sizes, norms = [layer.heads, layer.kv_heads, layer.kv_heads], []
+    for part, before, norm in zip(grad.split(sizes, 1), packed.split(sizes, 1), layer.head_norms, strict=False):
+        unrotated = turned_back(part.to(turn[0].dtype), turn)
+        before = before.to(unrotated.dtype)
+        grad_part, grad_norm = norm_backward(unrotated, before, norm.weight, norm.variance_epsilon, None)
+        part.copy_(grad_part)
+        norms.append(grad_norm)
+    return grad, norms
 
 
 def _through(linear: LeanLinear, grad: Tensor, x: Tensor) -> list[Tensor]:
     """Gradient of the input of linear layers, then those of their weights and biases."""
     grad_x, weights, biases = linear.backward(grad, x)
     return [grad_x, *weights, *biases]
-
-
-def _standardised(x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a norm's weight multiplies, (.., H), and by what the input was divided to get there, inverted, (.., 1)."""
-    scale = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt_()
-    return x * scale, scale
-
-
-def _norm_backward(grad: Tensor, states: Tensor, scale: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gradients of a norm's input and weight from that of its output, what `_standardised` gave, in its dtype."""
-    grad = grad.to(states.dtype)
-    product = grad * states
-    grad_weight = product.flatten(0, -2).sum(0)
-    mean = (product @ norm.weight).unsqueeze(-1) / states.shape[-1]
-    grad_x = (grad * norm.weight).addcmul_(states, mean, value=-1).mul_(scale)
-    return grad_x, grad_weight

@@ -1,0 +1,291 @@
+"""The kernels of `rlhf/models/kernels.py` as functions of tensors, run on torch's own OpenMP threads.
+
+Norms, rotation, gating and their gradients cost little arithmetic and much memory traffic: as torch operations each
+reads and writes whole tensors three to eight times. Here each is one pass, for bfloat16 products beside a float32
+residual stream (`bf16-mixed` on a CPU). Threads of a second pool would wait for the cores that torch's spin on, so the
+runtime that torch brought is called. Where it or numba is missing, `usable` says so and layers run as torch operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.trees.forest import Forest
+
+Turn = tuple[Tensor, Tensor]
+"""(T, 1, D) cosines of the positions, and sines whose first half is negated."""
+_MIN_PARALLEL = 2**15
+"""Elements below which a second thread costs more than it brings."""
+
+
+@cache
+def _runtime() -> tuple[ModuleType, Any] | None:
+    """The compiled kernels, and `GOMP_parallel` of the OpenMP runtime that torch runs on; None where one is missing."""
+    try:
+        from llvmlite import binding
+
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        package = str(Path(torch.__file__).parent)
+        # Other packages bring their own copies: torch's lies in its folder, or in torch.libs beside it.
+        loaded = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
+        library = ctypes.CDLL(next(p for p in sorted(loaded) if p.startswith((f"{package}/", f"{package}.libs/"))))
+        for name in ("omp_get_thread_num", "omp_get_num_threads"):
+            # The kernels call them under these names, which the linker must know before it loads them.
+            binding.add_symbol(f"rlhf_{name}", ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+        from rlhf.models import kernels
+
+        parallel = library.GOMP_parallel
+    except (ImportError, OSError, StopIteration, AttributeError):
+        return None
+    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return kernels, parallel
+
+
+def usable(residual: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
+    """Whether layers with this residual stream, these products, on this device run through the kernels."""
+    kinds = residual == torch.float32 and products == torch.bfloat16 and device.type == "cpu"
+    return kinds and _runtime() is not None
+
+
+def _run(name: str, rows: int, elements: int, *arguments: Tensor | int | float) -> None:
+    kernels, parallel = _runtime()
+    if not hasattr(kernels, name):
+        kernels = _tiles()
+    task = (ctypes.c_int64 * (len(arguments) + 1))(rows, *map(_word, arguments))
+    threads = torch.get_num_threads() if elements >= _MIN_PARALLEL else 1
+    parallel(getattr(kernels, name).address, task, threads, 0)
+
+
+def _word(argument: Tensor | int | float) -> int:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument if isinstance(argument, int) else struct.unpack("<q", struct.pack("<d", argument))[0]
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(T, H) bfloat16: the root-mean-square norm of a float32 (T, H) times its weight."""
+    x, (rows, width) = x.contiguous(), x.shape
+    out = x.new_empty(rows, width, dtype=torch.bfloat16)
+    _run("normed", rows, x.numel(), x, weight, width, eps, out)
+    return out
+
+
+def added_and_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(T, H) float32 x + y, with y bfloat16, and its norm as in `normed`."""
+    x, y, (rows, width) = x.contiguous(), y.contiguous(), x.shape
+    total, out = torch.empty_like(x), torch.empty_like(y)
+    _run("added_and_normed", rows, x.numel(), x, y, weight, width, eps, total, out)
+    return total, out
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients (T, H) and (H,) of a norm's input and weight, to the first of which `residual` (T, H) is added.
+
+    Args:
+        grad: (T, H) bfloat16, of the norm's output; x: (T, H) float32, its input.
+    """
+    (rows, width), threads = x.shape, torch.get_num_threads()
+    grad, x, residual = grad.contiguous(), x.contiguous(), residual.contiguous()
+    out, weights = torch.empty_like(x), x.new_zeros(threads, width)
+    _run("norm_backward", rows, x.numel(), grad, x, weight, width, eps, residual, out, weights)
+    return out, weights.sum(0)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """(T, F) silu(gate) * up of bfloat16 (T, 2 F)."""
+    gate_up, (rows, double) = gate_up.contiguous(), gate_up.shape
+    out = gate_up.new_empty(rows, double // 2)
+    _run("gated", rows, gate_up.numel(), gate_up, double // 2, out)
+    return out
+
+
+def gated_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+    """(T, 2 F) gradient of `gated`'s input from that of its output, bfloat16."""
+    (rows, width), grad = grad.shape, grad.contiguous()
+    out = torch.empty_like(gate_up)
+    _run("gated_backward", rows, gate_up.numel(), gate_up, grad, width, out)
+    return out
+
+
+def rotated(packed: Tensor, turn: Turn, kv_heads: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned to their positions, heads first.
+
+    Args:
+        packed: (T, heads + 2 kv_heads, D) bfloat16: queries, keys and values.
+        turn: float32.
+        scaling: factor of the queries.
+
+    Returns:
+        (kv_heads, T, heads / kv_heads, D), and (kv_heads, T, D) twice.
+    """
+    rows, all_heads, size = packed.shape
+    heads, (cos, sin) = all_heads - 2 * kv_heads, (part.contiguous() for part in turn)
+    q = packed.new_empty(kv_heads, rows, heads // kv_heads, size)
+    k, v = packed.new_empty(kv_heads, rows, size), packed.new_empty(kv_heads, rows, size)
+    _run("rotated", rows, packed.numel(), packed.contiguous(), cos, sin, heads, kv_heads, size, scaling, q, k, v)
+    return q, k, v
+
+
+def rotated_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, turn: Turn, scaling: float) -> Tensor:
+    """(T, heads + 2 kv_heads, D) gradient of `rotated`'s input; grad_q bfloat16, those of k and v float32."""
+    kv_heads, rows, group, size = grad_q.shape
+    heads, (cos, sin) = kv_heads * group, (part.contiguous() for part in turn)
+    out = grad_q.new_empty(rows, heads + 2 * kv_heads, size)
+    of = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
+    _run("rotated_backward", rows, out.numel(), *of, cos, sin, heads, kv_heads, size, scaling, out)
+    return out
+
+
+def decoded(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, starts: Tensor, length: int, window: int | None
+) -> Tensor:
+    """Attention of one new token of each of B sequences to those before; its key and value join them.
+
+    Args:
+        q, k, v: of `rotated`, with T = B.
+        keys, values: (B * kv_heads, room, D) bfloat16; sequence b's stand in columns starts[b] .. length - 2.
+        starts: (B,) int64.
+        window: keys that a query sees, its own included; None: all.
+
+    Returns:
+        (B, heads * D) bfloat16.
+    """
+    kv_heads, num, group, size = q.shape
+    room, threads = keys.shape[1], torch.get_num_threads()
+    out = q.new_empty(num, kv_heads * group * size)
+    scratch = torch.empty(threads, room + 2 * size)
+    sizes = num, kv_heads, group, size
+    _run(
+        "decoded",
+        num * kv_heads,
+        num * kv_heads * length * size,
+        *sizes,
+        q,
+        k,
+        v,
+        keys,
+        values,
+        room,
+        starts,
+        length,
+        window or length,
+        out,
+        scratch,
+    )
+    return out
+
+
+COLUMNS = 32
+"""`product` makes so many outputs at once; matrices have a multiple of them."""
+FEW_ROWS = 32
+"""Rows up to which `product` is faster than oneDNN's, whose loads and sums wait for each other there."""
+
+
+def multiplies(weights: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
+    """Whether `product` serves these weights: the processor has the instruction that it is made of."""
+    return usable(weights, products, device) and _tiles() is not None
+
+
+@cache
+def _tiles() -> ModuleType | None:
+    """The kernels made of that instruction; None where the processor lacks it."""
+    from llvmlite import binding
+
+    if not binding.get_host_cpu_features().get("avx512bf16", False):
+        return None
+    from rlhf.models import tiles
+
+    return tiles
+
+
+def packed_tiles(matrix: Tensor) -> Tensor:
+    """A float32 (outputs, inputs) matrix as bfloat16 of the same shape, laid out for `product`.
+
+    Outputs are a multiple of `COLUMNS`, inputs even; so matrices of the same inputs may be put end to end.
+    """
+    outputs, inputs = matrix.shape
+    out = matrix.new_empty(outputs, inputs, dtype=torch.bfloat16)
+    _run("packed_tiles", outputs // 16, matrix.numel(), matrix.contiguous(), inputs, out)
+    return out
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """(T, outputs) bfloat16 x W^T + b for few rows: the weights go by once, about as fast as memory gives them.
+
+    Args:
+        x: (T, inputs) bfloat16; packed: W of `packed_tiles`; bias: (outputs,) float32.
+    """
+    (rows, inputs), outputs = x.shape, len(packed)
+    out = x.new_empty(rows, outputs)
+    # Of each thread: x in groups of 8 rows, and the sums of 8 rows and 32 columns.
+    scratch = torch.empty(torch.get_num_threads() * (-(-rows // 8) * inputs * 4 + 256))
+    given = rows, inputs, x.contiguous(), packed, 0 if bias is None else bias, out, scratch
+    _run("product", outputs // COLUMNS, outputs * inputs, *given)
+    return out
+
+
+LARGEST_TREE = 512
+"""Tokens of a tree up to which `attended` serves; in larger ones oneDNN's products are faster than what they mask."""
+
+
+def attends(forest: Forest, size: int) -> bool:
+    """Whether `attended` serves these trees and this size of heads, where `multiplies` says that it can run."""
+    return size % COLUMNS == 0 and all(stop - start <= LARGEST_TREE for start, stop in forest.trees)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, Tensor]:
+    """Tree attention of what `rotated` returns, for the forest's T tokens.
+
+    Returns:
+        (T, kv_heads, group, D) bfloat16; and (kv_heads, T, group) float32: log of the sum of each query's exponentials.
+    """
+    kv_heads, num, group, size = q.shape
+    out, normalisers = q.new_empty(num, kv_heads, group, size), q.new_empty(q.shape[:3], dtype=torch.float32)
+    keys = -(-_longest(forest) // 32) * 32
+    words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys // 16
+    scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
+    given = *_places(forest), num, kv_heads, group, size, q, k, v, out, normalisers, scratch, words
+    _run("attended", forest.num_trees * kv_heads, q.numel() * keys, *given)
+    return out, normalisers
+
+
+def attended_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, normalisers: Tensor, forest: Forest
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attended`'s q (bfloat16), k and v (float32) from that of its output, (T, kv_heads, group, D)."""
+    kv_heads, num, group, size = q.shape
+    grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.empty_like(x, dtype=torch.float32) for x in (k, v))
+    keys, half_queries = -(-_longest(forest) // 32) * 32, -(-_longest(forest) * group // 8) * 4
+    words = (
+        3 * keys * size // 2
+        + 2 * half_queries * size
+        + 2 * keys * half_queries
+        + size * 8
+        + keys * 4
+        + 512
+        + keys // 16
+    )
+    scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
+    operands = q, k, v, out, normalisers, grad.contiguous(), grad_q, grad_k, grad_v
+    given = *_places(forest), num, kv_heads, group, size, *operands, scratch, words
+    _run("attended_backward", forest.num_trees * kv_heads, q.numel() * keys, *given)
+    return grad_q, grad_k, grad_v
+
+
+def _longest(forest: Forest) -> int:
+    return max(stop - start for start, stop in forest.trees)
+
+
+def _places(forest: Forest) -> tuple[Tensor, Tensor]:
+    """(trees, 2) starts and stops, and (T,) ends of the tokens' subtrees, kept on the forest."""
+    if "places" not in forest._cache:
+        forest._cache["places"] = torch.tensor(forest.trees, dtype=torch.long), forest.end.contiguous()
+    return forest._cache["places"]
