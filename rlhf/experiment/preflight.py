@@ -4,7 +4,8 @@ Weights are there already and are counted as they are; gradients and optimiser s
 micro-batch takes beside them (activations, the logits of a chunk, casts of the weights) is measured on a quarter and on
 half of the largest one, forward and backward, and grows with its tokens from there. It falls while the gradients come,
 so it is measured apart for each parameter that has its gradient by then: where an update has one micro-batch, not all
-of both is there at one time. So the estimate knows every flag and architecture, and costs less time than one
+of both is there at one time. On a CPU the heap has holes, and what it takes for a byte of tensors is measured too. So
+the estimate knows every flag and architecture, and costs less time than one
 micro-batch. On a GPU the largest micro-batch itself is then tried,
 so that a run that does not fit ends in its first minute and in one sentence. On a CPU it is not: there the kernel would
 end the process without a word, and the estimate says as much. Gradients are thrown away, and no random number is used
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rlhf.allocator import give_back
 from rlhf.data.prompts import Prompts
 from rlhf.errors import UserError
 from rlhf.memory import free_memory, held_memory, peaks_of
@@ -118,7 +120,7 @@ def estimate(
     run: Run, passes: Sequence[Pass], optimizers: dict[str, Optimizer], rows: list[int], tokens: Tensor, rollout: int
 ) -> Estimate:
     """See `check_memory`."""
-    held = held_memory(run.device) or 0
+    held = _held(run)
     trained = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
     states = [
         value for optimizer in optimizers.values() for of_one in optimizer.state.values() for value in of_one.values()
@@ -126,9 +128,9 @@ def estimate(
     there = sum(value.nbytes for value in states if isinstance(value, Tensor))  # of a run that was resumed
     gradients = sum(p.nbytes for p in trained)
     coming = max(0, MOMENTS[run.flags.optimizer] * gradients - there)
-    laps = _laps(run, passes, rows, tokens)
-    activations = max(lap.beside for lap in laps)
-    micro_batch = gradients + activations if _several(run, rows) else max(lap.beside + lap.gradients for lap in laps)
+    laps, holes = _laps(run, passes, rows, tokens)
+    activations = int(holes * max(lap.beside for lap in laps))
+    micro_batch = gradients + activations if _several(run, rows) else int(holes * max(sum(lap) for lap in laps))
     mixed = run.device.type == "cpu" and run.precision != "32-true"
     peak = held + coming + max(micro_batch, gradients, rollout) + (KERNELS if mixed else 0)
     return Estimate(held, gradients, coming, activations, rollout, peak)
@@ -150,19 +152,30 @@ class Lap(NamedTuple):
     beside: int
 
 
-def _laps(run: Run, passes: Sequence[Pass], rows: list[int], tokens: Tensor) -> list[Lap]:
-    """Those of the largest micro-batch, from what two parts of it take."""
+def _held(run: Run) -> int:
+    """Bytes that the process holds, once it has given back what it has freed."""
+    if run.device.type == "cpu":
+        give_back()
+    return held_memory(run.device) or 0
+
+
+def _laps(run: Run, passes: Sequence[Pass], rows: list[int], tokens: Tensor) -> tuple[list[Lap], float]:
+    """Those of the largest micro-batch, from what two parts of it take; what of the heap a byte of tensors takes."""
     by_size = sorted(rows, key=lambda row: -int(tokens[row]))
     small, large = by_size[::4], by_size[::2] if len(by_size) > 2 else by_size
-    least = _attempt(run, passes, small)
-    if len(small) == len(large):
-        return least
+    least = _attempt(run, passes, small)  # the first pass also finds room for what stays: compiled kernels, threads
+    before = _held(run)
     most = _attempt(run, passes, large)
+    taken = (held_memory(run.device) or 0) - before if run.device.type == "cpu" else 0
+    holes = max(1.0, taken / max(sum(lap) for lap in most))
+    if len(small) == len(large):
+        return most, holes
     if [lap.gradients for lap in least] != [lap.gradients for lap in most]:  # of a parameter that not every row uses
         least, most = ([Lap(0, max(sum(lap) for lap in laps))] for laps in (least, most))
     sizes = [int(tokens[part].sum()) for part in (small, large, by_size)]
     growth = (sizes[2] - sizes[0]) / (sizes[1] - sizes[0])
-    return [Lap(a.gradients, int(a.beside + growth * (b.beside - a.beside))) for a, b in zip(least, most, strict=True)]
+    found = [Lap(a.gradients, int(a.beside + growth * (b.beside - a.beside))) for a, b in zip(least, most, strict=True)]
+    return found, holes
 
 
 def _attempt(run: Run, passes: Sequence[Pass], rows: list[int]) -> list[Lap]:
