@@ -1,4 +1,4 @@
-"""Mutants of runs: their checkpoints, logs, signals, guards, estimates, and files from elsewhere; see test_mutants.py."""
+"""Mutants of runs: checkpoints, logs, signals, guards, estimates, and files from elsewhere; see test_mutants.py."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ MUTANTS = [
         "rlhf/experiment/logs.py",
         "return start + place + 1",
         "return start + place",
-        ("tests/test_resume.py::test_c4_logs_are_cut_to_the_byte",),
+        ("tests/test_resume.py::test_c4_a_huge_log_is_cut_without_reading_it",),
     ),
     # A fault that never ends; a rise taken for a fall; EOS alone taken for a response; a best that forgets.
     Mutant(
@@ -113,7 +113,7 @@ MUTANTS = [
     ),
     Mutant(
         "rlhf/untrusted.py",
-        "record.compress_type or ",
+        "len(names) != len(records) or ",
         "",
         (UNTRUSTED + "test_archives_that_unpack_to_more_than_they_are",),
     ),

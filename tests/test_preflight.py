@@ -176,7 +176,7 @@ def test_a_micro_batch_is_as_large_as_its_parts_say(monkeypatch):
     run = SimpleNamespace(device=torch.device("cpu"), precision="32-true", flags=flags)
     optimizer = torch.optim.AdamW([torch.zeros(10), torch.zeros(20)])
     found = preflight.estimate(run, [], {"optimizer": optimizer}, [0, 1, 2, 3], tokens, rollout=0)
-    assert sizes == [10, 20]
+    assert sizes == [10, 20, 20]
     assert (found.held, found.gradients, found.optimizer) == (1000, 120, 240)
     assert found.activations == 2 * (100 + 3 * 80)
     assert found.peak == 1000 + 240 + 2 * (100 + 3 * 80)

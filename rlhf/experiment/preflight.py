@@ -4,12 +4,13 @@ Weights are there already and are counted as they are; gradients and optimiser s
 micro-batch takes beside them (activations, the logits of a chunk, casts of the weights) is measured on a quarter and on
 half of the largest one, forward and backward, and grows with its tokens from there. It falls while the gradients come,
 so it is measured apart for each parameter that has its gradient by then: where an update has one micro-batch, not all
-of both is there at one time. On a CPU the heap has holes, and what it takes for a byte of tensors is measured too. So
-the estimate knows every flag and architecture, and costs less time than one
-micro-batch. On a GPU the largest micro-batch itself is then tried,
-so that a run that does not fit ends in its first minute and in one sentence. On a CPU it is not: there the kernel would
-end the process without a word, and the estimate says as much. Gradients are thrown away, and no random number is used
-up, so the run is the same with and without this.
+of both is there at one time. On a CPU the heap has holes, and what it takes for a byte of tensors is measured too, on
+the half once more. So the estimate knows every flag and architecture, and costs about the time of one micro-batch.
+
+On a GPU the largest micro-batch itself is then tried, beside as many bytes as are to come, so that a run that does not
+fit ends in its first minute and in one sentence. On a CPU it is not: there the kernel would end the process without a
+word, and the estimate says as much. Gradients are thrown away, and no random number is used up, so the run is the same
+with and without this.
 """
 
 from __future__ import annotations
@@ -165,9 +166,11 @@ def _laps(run: Run, passes: Sequence[Pass], rows: list[int], tokens: Tensor) -> 
     small, large = by_size[::4], by_size[::2] if len(by_size) > 2 else by_size
     least = _attempt(run, passes, small)  # the first pass also finds room for what stays: compiled kernels, threads
     before = _held(run)
-    most = _attempt(run, passes, large)
-    taken = (held_memory(run.device) or 0) - before if run.device.type == "cpu" else 0
-    holes = max(1.0, taken / max(sum(lap) for lap in most))
+    most, holes = _attempt(run, passes, large), 1.0
+    if run.device.type == "cpu":
+        _attempt(run, passes, large)  # which doesn't fit into all the holes that the first one has left
+        taken = (held_memory(run.device) or 0) - before
+        holes = max(1.0, taken / max(sum(lap) for lap in most))
     if len(small) == len(large):
         return most, holes
     if [lap.gradients for lap in least] != [lap.gradients for lap in most]:  # of a parameter that not every row uses
