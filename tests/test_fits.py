@@ -105,7 +105,12 @@ def test_a_reward_model_with_another_tokenizer_and_few_positions(lab, tmp_path, 
         rf"{where}, which has 60 .* of --max_new_tokens=4 may not fit", check_reward_model(prompts, judge(60), 4)
     )
     assert check_reward_model(prompts, judge(61), 4) is None
-    flags = {"rollout_size": 14, "reward": [f"model:{tmp_path / '60'}"], "sft_experiment_dir": lab["model"]}
+    flags = {
+        "rollout_size": 14,
+        "mini_batch_size": 14,
+        "reward": [f"model:{tmp_path / '60'}"],
+        "sft_experiment_dir": lab["model"],
+    }
     with pytest.raises(
         UserError, match=r"row \d+ of .*prompts_train\.pt: prompt and response are 6\d tokens .*/60, which"
     ):
