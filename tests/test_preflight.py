@@ -63,8 +63,8 @@ def flags_of(lab: Path, folder: Path, job: str, model: str, **changes):
     return quick_flags(SCRIPTS[job][1], str(lab / "data"), folder, **{**given, **changes})
 
 
-MEASURED = {"sft": "small", "sft-large": "large", "rm": "large", "dpo": "small", "ppo": "small"}
-MICRO = {"sft": 8, "sft-large": 4, "rm": 2, "dpo": 8, "ppo": 4}
+MEASURED = {"sft": "small", "sft-large": "large", "rm": "large", "dpo": "small", "ppo": "small", "dpo-lora": "large"}
+MICRO = {"sft": 8, "sft-large": 4, "rm": 2, "dpo": 8, "ppo": 4, "dpo-lora": 8}
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,9 @@ def measured(lab, tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("measured")
     jobs = []
     for name, size in MEASURED.items():
-        job = name.removesuffix("-large")
-        flags = flags_of(lab, root / name, job, size, micro_batch_size=MICRO[name])
+        job, _, kind = name.partition("-")
+        mode = "lora" if kind == "lora" else "all"
+        flags = flags_of(lab, root / name, job, size, micro_batch_size=MICRO[name], finetune_mode=mode)
         jobs.append((job, dataclasses.asdict(flags)))
     (root / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
@@ -90,11 +91,12 @@ def measured(lab, tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", MEASURED)
 def test_c28_the_estimate_is_within_15_percent_of_the_peak(name, measured):
     """C28: of what the process had at its peak; and what is to come on top of what it holds at the start is within a
-    third of what came."""
+    third of what came, be it gradients and the optimiser's state, or with LoRA activations and holes between them."""
     found, peak = measured[name]["found"], measured[name]["peak"]
     assert found["peak"] == pytest.approx(peak, rel=0.15)
     assert found["peak"] - found["held"] == pytest.approx(peak - found["held"], rel=0.33)
-    assert found["gradients"] + found["optimizer"] > 0.3 * (peak - found["held"])
+    states = (found["gradients"] + found["optimizer"]) / (peak - found["held"])
+    assert states < 0.1 if name.endswith("lora") else states > 0.3
 
 
 @pytest.mark.parametrize("job", SCRIPTS)
