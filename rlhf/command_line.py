@@ -20,6 +20,7 @@ from simple_parsing import ArgumentParser, DashVariant
 from rlhf.errors import LAST_WORDS, UserError
 from rlhf.flag_values import check_kinds, check_texts, closest, item_kind, shown, wanted
 from rlhf.paths import check_path
+from rlhf.untrusted import LARGEST_JSON
 
 Flags = TypeVar("Flags")
 
@@ -204,7 +205,11 @@ def _json_object(path: Path) -> dict[str, Any]:
         what = "is a folder or a device" if path.exists() else "there is no such file"
         raise UserError(f"--args_file {path}: {what}; {remedy}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise UserError(f"--args_file {path} has more than {LARGEST_JSON >> 20} MB; {remedy}")
+        values = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise UserError(f"--args_file {path} can't be read ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError:

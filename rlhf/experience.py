@@ -17,6 +17,7 @@ from rlhf.experiment.run import Run
 from rlhf.models.roles import Roles
 from rlhf.rewards.mix import Rewards
 from rlhf.rollouts import generate
+from rlhf.seeds import seed_of_step
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 
@@ -172,7 +173,7 @@ def collect(
     places = list(range(run.rank, len(rows), run.world_size))
     mine = [(first + place) * num_samples + j for place in places for j in range(num_samples)]
     sampling = replace(sampling_of(flags, prompts.tokenizer, roles.actor), temperature=temperature)
-    sampling.seed = flags.seed + run.step_index
+    sampling.seed = seed_of_step(flags.seed, run.step_index, "sampling")
     stops, sampling.stop_ids = sampling.stop_ids, sampling.stop_ids if stop_at_eos else ()
     texts = [prompts.prompt(rows[place]) for place in places]
     size = flags.rollout_mini_batch_size

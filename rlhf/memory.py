@@ -19,7 +19,7 @@ class LivePeak(TorchDispatchMode):
     What an operation needs only inside itself is not seen.
 
     Attributes:
-        live, peak: bytes.
+        live, peak: bytes; `peak` since the start, or since the last `lap`.
 
     >>> with LivePeak() as used:
     ...     x = torch.zeros(1000) + torch.ones(1000)
@@ -31,6 +31,11 @@ class LivePeak(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
+
+    def lap(self) -> int:
+        """The peak since the last lap, or since the start; the next one begins."""
+        found, self.peak = self.peak, self.live
+        return found
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -60,17 +65,23 @@ class LivePeak(TorchDispatchMode):
 
 
 @contextmanager
-def peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Within it, work is watched; the function that it gives returns the bytes that this took at its peak, beside what
-    was there before: the allocator's on CUDA, else those of `LivePeak`.
+def peaks_of(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Within it, work is watched; each call of the function that it gives returns the bytes at the peak since the last
+    call (or the start), beside what was there at the start: the allocator's on CUDA, else those of `LivePeak`.
     """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cuda":
+        with LivePeak() as used:
+            yield used.lap
         return
-    with LivePeak() as used:
-        yield lambda: used.peak
+    before = torch.cuda.memory_allocated(device)
+
+    def lap() -> int:
+        found = torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.reset_peak_memory_stats(device)
+        return found
+
+    torch.cuda.reset_peak_memory_stats(device)
+    yield lap
 
 
 def held_memory(device: torch.device) -> int | None:

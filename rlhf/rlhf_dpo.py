@@ -167,16 +167,18 @@ def references_of(
         return None, None
     own = resolve(flags.reference, "reference") if flags.reference else source
     name = own if flags.reference else f"{source}, the policy as this run starts"
+    if flags.ref_update_interval or flags.reference:
+        model = load_policy(own, flags, trainable=False)
+        run.check_reference(own, model)
     if flags.ref_update_interval:
-        model = run.fabric.to_device(load_policy(own, flags, trainable=False))
         run.say(
             f"rlhf_dpo: the reference starts as {name}, and moves every {flags.ref_update_interval} steps; it stays in "
             f"memory, and none of its log-probabilities are stored"
         )
-        moving = MovingReference(run, model, policy.module)
+        moving = MovingReference(run, run.fabric.to_device(model), policy.module)
         return moving, moving
     if flags.reference:
-        policy = run.fabric.setup_module(load_policy(own, flags, trainable=False))
+        policy = run.fabric.setup_module(model)
 
     def stored(split: Split, rows: Sequence[int]):
         folder = Path(flags.data_dir) / "reference_logps"

@@ -29,7 +29,7 @@ from rlhf.data.splits import Split, check_tokenizer, has_split, load_split
 from rlhf.errors import UserError
 from rlhf.evaluation import sampling_of
 from rlhf.experiment.devices import make_fabric
-from rlhf.experiment.fits import check_split, check_vocabulary
+from rlhf.experiment.fits import check_reward_model, check_split, check_vocabulary
 from rlhf.files import write_json
 from rlhf.flags import DeviceFlags, GenerationFlags, ModelFlags, launch
 from rlhf.models.forward import unwrapped
@@ -174,7 +174,9 @@ def main(flags: EvaluateFlags) -> dict:
     reward = None
     if rm:
         scorer = fabric.to_device(load_scorer(rm, flags, trainable=False))
-        reward = RewardModel(scorer, tokenizer_of(rm, flags), tokenizer)
+        reward = RewardModel(scorer, tokenizer_of(rm, flags), tokenizer, name=f"the reward model {rm}")
+        if warning := check_reward_model(prompts, reward, flags.max_new_tokens):
+            print(f"warning: {warning}", flush=True)
         if "preference" in splits and reward.same_tokenizer:
             with fabric.autocast():
                 results["reward_model"] = reward_accuracy(reward, splits["preference"], rows["preference"], flags)

@@ -82,6 +82,7 @@ from rlhf.models.loading import check_kind, resolve, tokenizer_of
 from rlhf.models.roles import Roles, load_actor
 from rlhf.monitoring import assess_policy, check_first_rollout, measure_samples
 from rlhf.rewards.mix import Rewards, check_rewards, load_rewards
+from rlhf.seeds import seed_of_step
 from rlhf.trees.batches import epoch_order, rollout_sizes
 from rlhf.trees.forest import Forest, Tree
 
@@ -229,7 +230,8 @@ def sample_groups(
     num, wanted, rows = flags.num_samples, len(step.global_rows), step.global_rows
     others: list[int] = []
     if flags.max_resamples:
-        order, tried = epoch_order(len(prompts), seed=flags.seed + run.step_index, epoch=0, shuffle=True), set(rows)
+        seed, tried = seed_of_step(flags.seed, run.step_index, "prompts in the place of others"), set(rows)
+        order = epoch_order(len(prompts), seed=seed, epoch=0, shuffle=True)
         others = [i for i in order.tolist() if i not in tried]
     experiences: list[Experience] = []
     kept: list[int] = []
@@ -356,6 +358,7 @@ def main(flags: GRPOFlags) -> dict:
         batch_size=flags.rollout_mini_batch_size,
         judges=judges,
     )
+    run.check_rewards(rewards)
     actor = run.setup(roles.actor)
     if roles.reference is not None:
         run.fabric.to_device(roles.reference)
@@ -424,7 +427,7 @@ def main(flags: GRPOFlags) -> dict:
         tokens = lengths + torch.tensor([len(e.prompt) for e in experiences[:: flags.num_samples]], dtype=torch.long)
         row_of = [e.row for e in experiences[:: flags.num_samples]]
         for epoch in range(flags.rollout_epochs):
-            seed = flags.seed + run.step_index
+            seed = seed_of_step(flags.seed, run.step_index, "order of a rollout")
             order = epoch_order(len(kept), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
             for start in range(0, len(order), mini_batch):
                 groups = order[start : start + mini_batch]

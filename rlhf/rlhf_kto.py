@@ -5,10 +5,12 @@
 
 with the implicit reward r = beta * (log pi(y|x) - log ref(y|x)), s = 1 for a good response and -1 for a bad one
 (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8; Jung et al. 2024, arXiv 2404.04656), or APO-zero's two terms taken
-apart (`rlhf/losses/feedback.py`). y' is the response of the row before it in the step: the mismatched pairs hold the
-step's own responses. It is a second branch on the prompt, computed without gradient on the keys and values that the
-prompt has left. z0 and delta are of the whole step on all devices before its first backward pass. The reference is
-the policy as the run starts; its log-probabilities, of the mismatched pairs too, are stored as those of rlhf_dpo.py.
+apart (`rlhf/losses/feedback.py`). y' is the response of the row before it in its step of the first epoch, whose
+mismatched pairs thus hold the step's own responses; later epochs keep to these pairs, as TRL does, so that there is
+one for each row however long the run. It is a second branch on the prompt, computed without gradient on the keys and
+values that the prompt has left. z0 and delta are of the whole step on all devices before its first backward pass. The
+reference is the policy as the run starts; its log-probabilities, of the mismatched pairs too, are stored as those of
+rlhf_dpo.py.
 
 Where a step is cut into several micro-batches, all but the first go through the model once more, without gradient: KTO
 their mismatched pairs, BCO the rows themselves.
@@ -127,6 +129,13 @@ def partners_of(flags: KTOFlags, rows: Sequence[int], num_rows: int) -> dict[int
     return {i: i for i in rows} if flags.loss_type == "bco" else {}
 
 
+def train_partners(run: Run, flags: KTOFlags, num_rows: int) -> Sequence[int]:
+    """`partners_of` for every row of the training split, the same in all epochs; empty for APO-zero."""
+    if flags.loss_type == "kto":
+        return mismatched_of_run(num_rows, run.global_batch, seed=flags.seed, shuffle=flags.shuffle)
+    return range(num_rows) if flags.loss_type == "bco" else ()
+
+
 def pack(split: Split, partner: Mapping[int, int], rows: list[int]) -> Batch:
     """These rows, and beside them the responses of their partners where those are other rows."""
     pairs = [(i, partner[i]) for i in rows if partner.get(i, i) != i]
@@ -238,7 +247,9 @@ def references_of(
     name = f"{source}, the policy as this run starts"
     if flags.reference:
         name = resolve(flags.reference, "reference")
-        policy = run.fabric.setup_module(load_policy(name, flags, trainable=False))
+        model = load_policy(name, flags, trainable=False)
+        run.check_reference(name, model)
+        policy = run.fabric.setup_module(model)
 
     def stored(split: Split, pairs: list[tuple[int, int]]) -> ReferenceLogps:
         def tree_of(pair):
@@ -247,11 +258,8 @@ def references_of(
         folder, distinct = Path(flags.data_dir) / "reference_logps", list(dict.fromkeys(pairs))
         return reference_logps(run, policy, distinct, tree_of, folder, micro_batch_size=flags.micro_batch_size)
 
-    pairs = [(i, i) for i in run.rows_to_train(len(train))]
-    if flags.loss_type == "kto":
-        order = {"seed": flags.seed, "shuffle": flags.shuffle}
-        pairs += mismatched_of_run(run.total_steps, len(train), run.global_batch, **order)
-    found = stored(train, pairs), None
+    rows, partners = run.rows_to_train(len(train)), train_partners(run, flags, len(train))
+    found = stored(train, [(i, i) for i in rows] + [(i, partners[i]) for i in rows if partners]), None
     check_reference(run, found[0], train)
     if validation is not None:
         rows = run.rows_to_evaluate(len(validation), flags.eval_iters)
@@ -302,6 +310,7 @@ def main(flags: KTOFlags) -> dict:
     models, optimizers = {"model": policy.module}, {"optimizer": optimizer}
     states = {"rewards_so_far": rewards_so_far}
     run.restore(models, optimizers, states)
+    partners = train_partners(run, flags, len(train))
     all_labels, tokens = train.labels, train.lengths("input_ids")
     response_lens = tokens - train.prompt_lens
 
@@ -339,7 +348,7 @@ def main(flags: KTOFlags) -> dict:
         run.evaluate_if_due(assess)
         run.save_if_due(models, optimizers, tokenizer, states)
         before, point = rewards_so_far.state_dict(), None
-        partner = partners_of(flags, step.global_rows, len(train))
+        partner = {i: partners[i] for i in step.global_rows if partners}
         first, *later = step.cuts(tokens=tokens)
         ratios = [log_ratios([(i, partner[i]) for i in rows]) for rows in later if partner]
         beside = {i: partner[i] for i in first if partner}

@@ -54,6 +54,7 @@ from rlhf.monitoring import assess_policy, check_first_rollout, measure_pairs, m
 from rlhf.pairwise import PairLossFlags, check_moving_reference, chosen_nll, pair_logps, pair_losses
 from rlhf.rewards.judge import Judge, load_judge
 from rlhf.rewards.mix import check_rewards, load_rewards
+from rlhf.seeds import seed_of_step
 from rlhf.trees.batches import epoch_order
 from rlhf.trees.forest import Forest, Tree
 
@@ -178,6 +179,7 @@ def main(flags: OnlineDPOFlags) -> dict:
     roles = load_actor(sft, flags, with_reference=flags.uses_reference and not flags.reference)
     if flags.reference:
         roles.reference = load_policy(reference, flags, trainable=False)
+        run.check_reference(reference, roles.reference)
     rewards = load_rewards(
         flags,
         prompts,
@@ -187,6 +189,7 @@ def main(flags: OnlineDPOFlags) -> dict:
         batch_size=flags.rollout_mini_batch_size,
         judges=judges,
     )
+    run.check_rewards(rewards)
     actor = run.setup(roles.actor)
     if roles.reference is not None:
         run.fabric.to_device(roles.reference)
@@ -251,7 +254,7 @@ def main(flags: OnlineDPOFlags) -> dict:
         tokens = torch.tensor([best.num_tokens + len(worst.response) for best, worst in pairs])
         row_of, drop = [best.row for best, _ in pairs], run.metrics()
         for epoch in range(flags.rollout_epochs):
-            seed = flags.seed + run.step_index
+            seed = seed_of_step(flags.seed, run.step_index, "order of a rollout")
             order = epoch_order(len(pairs), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
             for start in range(0, len(order), mini_batch):
                 rows = order[start : start + mini_batch]

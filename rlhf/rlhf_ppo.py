@@ -69,6 +69,7 @@ from rlhf.models.roles import load_roles
 from rlhf.monitoring import assess_policy, check_first_rollout, measure_rollout, missing_eos_fault
 from rlhf.rewards.mix import check_rewards, load_rewards, reward_model_of
 from rlhf.schedules import AdaptiveKL, FixedKL
+from rlhf.seeds import seed_of_step
 from rlhf.trees.batches import epoch_order, rollout_sizes, rows_of_step
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.rows import finetune_tree
@@ -357,6 +358,7 @@ def main(flags: PPOFlags) -> dict:
         loaded={rm: roles.reward} if rm else {},
         judges=judges,
     )
+    run.check_rewards(rewards)
     actor, critic = run.setup(roles.actor), run.setup(roles.critic)
     for frozen in (roles.reference, roles.reward):
         if frozen is not None:
@@ -448,7 +450,7 @@ def main(flags: PPOFlags) -> dict:
         warming_up = run.step_index < flags.critic_warmup_steps
         tokens, row_of = torch.tensor([e.num_tokens for e in experiences]), [e.row for e in experiences]
         for epoch in range(flags.ppo_epochs):
-            seed = flags.seed + run.step_index
+            seed = seed_of_step(flags.seed, run.step_index, "order of a rollout")
             order = epoch_order(len(experiences), seed=seed, epoch=epoch, shuffle=flags.shuffle).tolist()
             moved = []
             for start in range(0, len(order), mini_batch):

@@ -22,6 +22,7 @@ from transformers import T5Config
 
 from rlhf.flag_values import RANGES, item_kind
 from rlhf.flags import launch
+from rlhf.untrusted import LARGEST_JSON
 from tests.splits import make_data, make_model_dir, tokenizer_for
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -128,6 +129,7 @@ def _args_files() -> Iterator[tuple[str, bytes]]:
     yield "too_deep", b'{"seed": ' + b"[" * 100_000
     yield "digits", b'{"seed": ' + b"9" * 5000 + b"}"
     yield "empty_json", b""
+    yield "too_long_json", b'{"seed": 1}' + b" " * LARGEST_JSON
     for name, content in {
         "unknown_key": {"learning_rates": 1},
         "text_for_number": {"seed": "many"},
@@ -248,6 +250,7 @@ ARGS_FILES: list[Case] = [
     ({"args_file": "{binary}"}, "is not valid UTF-8"),
     ({"args_file": "{not_json}"}, "is not valid JSON (line 1, column 1"),
     ({"args_file": "{empty_json}"}, "is not valid JSON"),
+    ({"args_file": "{too_long_json}"}, "--args_file {too_long_json} has more than 4 MB"),
     ({"args_file": "{a_list}"}, "holds no JSON object"),
     ({"args_file": "{too_deep}"}, "nests too deeply"),
     ({"args_file": "{digits}"}, "thousands of digits"),
@@ -291,6 +294,11 @@ MODELS: list[Case] = [
     ({"model_name": "{data}"}, "--model_name={data} holds no model"),
     ({"model_name": "{too_long}"}, "file name too long"),
     ({"model_name": "nobody/nothing"}, "'nobody/nothing'"),
+    ({"model_name": "./nobody"}, "--model_name=./nobody: there is no such folder"),
+    ({"model_name": "experiments/runs/nobody"}, "--model_name=experiments/runs/nobody: there is no such folder"),
+    ({"model_name": "runs/"}, "--model_name=runs/: there is no such folder"),
+    ({"model_name": "my model"}, "--model_name=my model: there is no such folder"),
+    ({"model_name": "runs\\sft"}, "--model_name=runs\\sft: there is no such folder"),
     ({"model_name": "{no_tokenizer}"}, "{no_tokenizer}"),
     ({"model_name": "{broken_config}"}, "{broken_config}"),
     ({"model_name": "{t5}"}, "{t5} is an encoder-decoder"),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rlhf.seeds import seed_of_step
 from rlhf.trees.batches import cut, epoch_order, mismatched, num_steps, rows_of_rank, rows_of_step
 from rlhf.trees.forest import Forest
 from rlhf.trees.rows import feedback_tree, finetune_tree, first_difference, halves, pair_tokens, pair_tree
@@ -55,6 +56,15 @@ def test_c39_order_is_seeded_and_depends_on_nothing_else():
     torch.rand(7)
     assert [rows_of_step(step, 10, 4, seed=1, shuffle=True) for step in reversed(range(6))] == first[::-1]
     assert [rows_of_step(step, 10, 4, seed=2, shuffle=True) for step in range(6)] != first
+
+
+def test_c27_neighbouring_seeds_and_purposes_share_no_stream():
+    """C27: of 20 seeds, 3 purposes and 50 steps no two meet, also as torch's generator on a CPU sees them: 32 bits."""
+    purposes = ("sampling", "order of a rollout", "device 0")
+    found = [seed_of_step(s, step, what) for s in range(20) for step in range(50) for what in purposes]
+    assert len({seed % 2**32 for seed in found}) == len(found)
+    assert all(0 <= seed < 2**63 for seed in found)
+    assert seed_of_step(7, 3, "sampling") == seed_of_step(7, 0, "sampling") + 3
 
 
 def test_every_epoch_visits_every_row_once_in_a_new_order():

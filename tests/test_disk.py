@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from data_prep.custom import prepare_data
 from rlhf import files
+from rlhf.experiment import logs
 from rlhf.experiment.checkpoints import SMALL_FILES
 from rlhf.experiment.logs import Lines
 from rlhf.files import WriteError, atomic_dir, atomic_write, remove_dir, sweep, write_json
@@ -301,3 +303,26 @@ def test_c23_lines_wait_for_room(tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4]
     assert capsys.readouterr().out.count("its lines wait in memory") == 1
     assert lines.sync() == (tmp_path / "metrics.jsonl").stat().st_size
+
+
+def test_c23_the_lines_that_wait_are_bounded(tmp_path, monkeypatch, capsys):
+    """Room for 30 waiting bytes, lines of 12: of six the last two are kept, and the four lost ones are counted; then a
+    second time, with a count of its own."""
+    monkeypatch.setattr(logs, "MOST_WAITING", 30)
+    lines, append = Lines(tmp_path / "metrics.jsonl", 0), Lines._append
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for first in (1, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr(Lines, "_append", full)
+            for step in range(first, first + 6):
+                lines.write({"step": step})
+        append(lines)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [5, 6, 11, 12]
+    assert lines.lost == 8
+    printed = capsys.readouterr().out
+    assert printed.count("its lines wait in memory") == 2
+    assert printed.count("from here on the oldest are lost") == 2
+    assert printed.count("can be written again, and 4 of its lines are lost") == 2

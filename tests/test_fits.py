@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf import rlhf_dpo, rlhf_evaluate, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
+from rlhf.data.prompts import load_prompts
 from rlhf.data.splits import load_split, write_split
 from rlhf.errors import UserError
+from rlhf.experiment.fits import check_reward_model
 from rlhf.flags import ModelFlags
 from rlhf.models.loading import load_policy, load_scorer, save_model
+from rlhf.rewards.models import RewardModel
 from tests.splits import make_data, make_model_dir, quick_flags, tokenizer_for
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -37,6 +41,7 @@ def lab(tmp_path_factory) -> dict[str, str]:
         "model": make_model_dir(root / "model"),
         "reward": make_model_dir(root / "reward", scorer=True),
         "short": make_model_dir(root / "short", "gpt2", n_positions=16),
+        "short-reward": make_model_dir(root / "short-reward", "gpt2", scorer=True, n_positions=16),
         "narrow": make_model_dir(root / "narrow", vocab_size=400),
     }
 
@@ -70,6 +75,57 @@ def test_rows_longer_than_the_models_positions(lab, tmp_path, name):
         rf"{stage}_train\.pt, row {row}: .*{remedy}",
     ):
         run(name, lab, tmp_path / "out", model="short")
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_prompts_and_responses_longer_than_the_reward_models_positions(lab, tmp_path, name):
+    """A8: the policy has room for them; the sentence names the split, the row and the reward model."""
+    lengths = load_split(lab["data"], "prompts", "train").prompt_lens + 4
+    where = rf"prompts_train\.pt, row {int(lengths.argmax())}: prompt and --max_new_tokens=4 are {int(lengths.max())} "
+    with pytest.raises(UserError, match=rf"{where}tokens, and the reward model {lab['short-reward']} has 16 positions"):
+        run(name, lab, tmp_path / "out", reward=[f"model:{lab['short-reward']}"])
+
+
+def test_a_reward_model_with_another_tokenizer_and_few_positions(lab, tmp_path, capsys):
+    """C7: the longest prompt, of row 1, is 57 of its tokens, of a vocabulary of little more than letters. Without room
+    for a response it is refused; where one may not fit it is warned of, and the one that doesn't stops the run, by its
+    row."""
+    tokenizer = make_tokenizer(bos=True, pad_is_eos=False, vocab_size=300)
+    prompts = load_prompts(lab["data"], "train", tokenizer_for())
+
+    def judge(positions: int) -> RewardModel:
+        folder = tmp_path / str(positions)
+        make_model_dir(folder, "gpt2", scorer=True, n_positions=positions, tokenizer=tokenizer)
+        return RewardModel(load_scorer(str(folder), ModelFlags(), trainable=False), tokenizer, tokenizer_for())
+
+    where = r"prompts_train\.pt, row 1: the prompt is 57 tokens of the reward model"
+    with pytest.raises(UserError, match=rf"{where}, which has 57 positions; prepare"):
+        check_reward_model(prompts, judge(57), 4)
+    assert re.search(
+        rf"{where}, which has 60 .* of --max_new_tokens=4 may not fit", check_reward_model(prompts, judge(60), 4)
+    )
+    assert check_reward_model(prompts, judge(61), 4) is None
+    flags = {
+        "rollout_size": 14,
+        "mini_batch_size": 14,
+        "reward": [f"model:{tmp_path / '60'}"],
+        "sft_experiment_dir": lab["model"],
+    }
+    with pytest.raises(
+        UserError, match=r"row \d+ of .*prompts_train\.pt: prompt and response are 6\d tokens .*/60, which"
+    ):
+        rlhf_grpo.main(quick_flags(rlhf_grpo.GRPOFlags, lab["data"], tmp_path / "out", **flags))
+    assert re.search(rf"warning: .*{where} {tmp_path}/60, which has 60", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "online_dpo"])
+def test_a_reference_that_does_not_fit(lab, tmp_path, name):
+    """C7, A2: one of another tokenizer, and one with too few positions, neither of which the policy has."""
+    other = make_model_dir(tmp_path / "other", tokenizer=make_tokenizer(bos=True, pad_is_eos=False))
+    with pytest.raises(UserError, match=rf"the reference {other} has another tokenizer than the policy"):
+        run(name, lab, tmp_path / "out", reference=other)
+    with pytest.raises(UserError, match=rf"_train\.pt, row \d+: .*, and the reference {lab['short']} has 16 positions"):
+        run(name, lab, tmp_path / "out", reference=lab["short"])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -23,6 +23,7 @@ from rlhf.rlhf_kto import KTOFlags
 from rlhf.rlhf_online_dpo import OnlineDPOFlags
 from rlhf.rlhf_rm import RMFlags
 from rlhf.rlhf_sft import SFTFlags
+from rlhf.untrusted import LARGEST_JSON
 
 
 def _names(text: str) -> set[str]:
@@ -188,6 +189,7 @@ def test_args_file_of_a_run_says_what_was_run_and_not_where(tmp_path):
     ("content", "complaint"),
     [
         (None, "no such file"),
+        (" " * LARGEST_JSON + "{}", "has more than 4 MB"),
         ("{", "not valid JSON"),
         ("[1]", "no JSON object"),
         ('{"data_dir": "d", "rates": 1}', "'rates' is not a flag"),

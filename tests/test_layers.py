@@ -28,6 +28,7 @@ LAYERS = {
     "rlhf/allocator.py": 0,
     "rlhf/memory.py": 0,
     "rlhf/schedules.py": 0,
+    "rlhf/seeds.py": 0,
     "rlhf/reports.py": 0,
     "rlhf/untrusted.py": 1,
     "rlhf/losses/*.py": 0,

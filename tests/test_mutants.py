@@ -445,8 +445,11 @@ def assert_not_stale(mutant: Mutant) -> None:
     compile(source.replace(mutant.old, mutant.new), mutant.file, "exec")
 
 
-def assert_noticed(mutants: list[Mutant], parent: Path) -> None:
-    """At least one of a mutant's tests fails; all of them pass on the unchanged copy. `parent`: an empty folder."""
+def assert_noticed(mutants: list[Mutant], parent: Path, preload: tuple[str, ...] = ()) -> None:
+    """At least one of a mutant's tests fails; all of them pass on the unchanged copy.
+
+    `parent`: an empty folder; `preload`: what the tests import besides `PRELOAD`, but for `rlhf`.
+    """
     everything = tuple(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
     _copy(parent / UNCHANGED, everything)
     for index, mutant in enumerate(mutants):
@@ -457,7 +460,7 @@ def assert_noticed(mutants: list[Mutant], parent: Path) -> None:
     # Nothing of the pytest that runs this may reach the ones it starts, nor any plugin they don't need.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-B", str(Path(__file__).resolve()), str(parent)]
+    command = [sys.executable, "-B", str(Path(__file__).resolve()), str(parent), *preload]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)
@@ -482,10 +485,10 @@ def _copy(folder: Path, tests: tuple[str, ...]) -> Path:
     return folder
 
 
-def _run_all(parent: Path) -> dict[str, int]:
+def _run_all(parent: Path, preload: list[str]) -> dict[str, int]:
     # The exit code of pytest in each copy under `parent`; negative: the signal that ended it.
     sys.path.pop(0)  # this file's folder
-    for name in PRELOAD:
+    for name in (*PRELOAD, *preload):
         __import__(name)
     gc.freeze()  # pytest collects garbage at its end: in the forks, it need not walk all of torch
     codes = {}
@@ -519,4 +522,4 @@ def _run_one(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_run_all(Path(sys.argv[1]))))
+    print(json.dumps(_run_all(Path(sys.argv[1]), sys.argv[2:])))

@@ -172,11 +172,13 @@ def test_each_process_draws_its_own_noise(world, tmp_path, monkeypatch):
 
 
 def test_each_step_and_seed_draws_its_own_noise(world, tmp_path):
-    """A9, A10: a prompt that comes again in a later pass gets another sample; another seed, others."""
+    """A9, A10: a prompt that comes again in a later pass gets another sample; another seed, others, and its neighbour's
+    no sooner than a hash allows: seed 41's second step is not seed 42's first."""
     setting = set_up(flags_of(world, tmp_path / "run"))
     found = [setting.collect([0, 1, 2, 3])]
     setting.run.step_index = 1
     found += [setting.collect([0, 1, 2, 3]), setting.collect([0, 1, 2, 3], seed=7)]
+    found.append(setting.collect([0, 1, 2, 3], seed=setting.flags.seed - 1))
     found = [[e.response.tolist() for e in experiences] for experiences in found]
     assert all(one != other for i, one in enumerate(found) for other in found[:i])
 

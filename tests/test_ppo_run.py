@@ -39,6 +39,7 @@ class Recorded:
 
 
 LONG = {
+    "guard_empty": 0.0,
     "rollout_size": 4,
     "mini_batch_size": 2,
     "micro_batch_size": 1,

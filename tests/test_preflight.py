@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from rlhf import masked, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft, rollouts
 from rlhf.errors import UserError
 from rlhf.experiment import devices, metrics, preflight
+from rlhf.experiment.preflight import Lap
 from rlhf.memory import LivePeak, free_memory, held_memory
 from rlhf.trees.batches import cut, largest_micro_batch, rows_of_rank, rows_of_step
 from tests.splits import make_data, make_model_dir, metrics_of, quick_flags
@@ -62,8 +63,8 @@ def flags_of(lab: Path, folder: Path, job: str, model: str, **changes):
     return quick_flags(SCRIPTS[job][1], str(lab / "data"), folder, **{**given, **changes})
 
 
-MEASURED = {"sft": "small", "sft-large": "large", "rm": "large", "dpo": "small", "ppo": "small"}
-MICRO = {"sft": 8, "sft-large": 4, "rm": 2, "dpo": 8, "ppo": 4}
+MEASURED = {"sft": "small", "sft-large": "large", "rm": "large", "dpo": "small", "ppo": "small", "dpo-lora": "large"}
+MICRO = {"sft": 8, "sft-large": 4, "rm": 2, "dpo": 8, "ppo": 4, "dpo-lora": 8}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,9 @@ def measured(lab, tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("measured")
     jobs = []
     for name, size in MEASURED.items():
-        job = name.removesuffix("-large")
-        flags = flags_of(lab, root / name, job, size, micro_batch_size=MICRO[name])
+        job, _, kind = name.partition("-")
+        mode = "lora" if kind == "lora" else "all"
+        flags = flags_of(lab, root / name, job, size, micro_batch_size=MICRO[name], finetune_mode=mode)
         jobs.append((job, dataclasses.asdict(flags)))
     (root / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
@@ -89,11 +91,12 @@ def measured(lab, tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("name", MEASURED)
 def test_c28_the_estimate_is_within_15_percent_of_the_peak(name, measured):
     """C28: of what the process had at its peak; and what is to come on top of what it holds at the start is within a
-    third of what came."""
+    third of what came, be it gradients and the optimiser's state, or with LoRA activations and holes between them."""
     found, peak = measured[name]["found"], measured[name]["peak"]
     assert found["peak"] == pytest.approx(peak, rel=0.15)
     assert found["peak"] - found["held"] == pytest.approx(peak - found["held"], rel=0.33)
-    assert found["gradients"] + found["optimizer"] > 0.3 * (peak - found["held"])
+    states = (found["gradients"] + found["optimizer"]) / (peak - found["held"])
+    assert states < 0.1 if name.endswith("lora") else states > 0.3
 
 
 @pytest.mark.parametrize("job", SCRIPTS)
@@ -150,6 +153,39 @@ def test_checkpointing_and_lora_take_less(lab, tmp_path, monkeypatch):
     assert checkpointed.activations < 0.7 * plain.activations
     assert lora.gradients + lora.optimizer < 0.2 * (plain.gradients + plain.optimizer)
     assert smaller.activations < 0.5 * plain.activations
+
+
+def test_a_micro_batch_is_as_large_as_its_parts_say(monkeypatch):
+    """Parts of 10 and 20 tokens of 40, two parameters. Beside gradients 100 and 180 bytes before the first one, so
+    100 + 3 * 80 = 340 of the whole; 90 and 90 once one of 50 is there, and 5 and 5 at the end, with both, 120. The heap
+    takes 360 for the 180 of the second part's tensors: twice as much. So 680 at the peak where the update is this
+    micro-batch, and 120 more where it has others."""
+    parts = {
+        10: [Lap(0, 100), Lap(50, 90), Lap(120, 5)],
+        20: [Lap(0, 180), Lap(50, 90), Lap(120, 5)],
+    }
+    tokens, sizes = torch.tensor([10, 10, 10, 10]), []
+
+    def attempt(run, passes, rows):
+        sizes.append(int(tokens[rows].sum()))
+        return parts[sizes[-1]]
+
+    held = iter([1000, 1000, 1360])
+    monkeypatch.setattr(preflight, "_attempt", attempt)
+    monkeypatch.setattr(preflight, "held_memory", lambda device: next(held))
+    monkeypatch.setattr(preflight, "give_back", lambda: True)
+    flags = SimpleNamespace(mini_batch_size=4, optimizer="adamw")
+    run = SimpleNamespace(device=torch.device("cpu"), precision="32-true", flags=flags)
+    optimizer = torch.optim.AdamW([torch.zeros(10), torch.zeros(20)])
+    found = preflight.estimate(run, [], {"optimizer": optimizer}, [0, 1, 2, 3], tokens, rollout=0)
+    assert sizes == [10, 20, 20]
+    assert (found.held, found.gradients, found.optimizer) == (1000, 120, 240)
+    assert found.activations == 2 * (100 + 3 * 80)
+    assert found.peak == 1000 + 240 + 2 * (100 + 3 * 80)
+    held = iter([1000, 1000, 1360])
+    flags.mini_batch_size = 8
+    found = preflight.estimate(run, [], {"optimizer": optimizer}, [0, 1, 2, 3], tokens, rollout=0)
+    assert found.peak == 1000 + 240 + 120 + 2 * (100 + 3 * 80)
 
 
 def test_the_largest_micro_batch_is_that_of_the_run():

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
@@ -36,6 +37,19 @@ class TextRule:
     """Ids of `lead`, taken off again."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is written as the ids of the hub are: NAME or OWNER/NAME.
+
+    >>> [is_hub_id(name) for name in ("gpt2", "openai/gpt2", "./gpt2", "runs/dpo/final", "my gpt", "runs/")]
+    [True, True, False, False, False, False]
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or of a hub id.
 
@@ -45,7 +59,7 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     """
     name = str(Path(name_or_path).expanduser()) if str(name_or_path).startswith("~") else str(name_or_path)
     is_folder = Path(name).is_dir()
-    if not is_folder and (name.startswith(("/", "./", "../")) or name.count("/") > 1 or not name):
+    if not is_folder and not is_hub_id(name):
         raise UserError(f"tokenizer {name!r}: no such folder; give a folder with a tokenizer, or a hub id")
     if is_folder:
         check_folder(name, weights=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric import Fabric
@@ -9,7 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.prompts import Prompts, example_prompt, load_prompts
 from rlhf.data.splits import Split, check_tokenizer, data_info, has_split, load_split
-from rlhf.experiment.fits import check_prompt, check_split, check_vocabulary
+from rlhf.data.text import tokenizer_fingerprint
+from rlhf.errors import UserError
+from rlhf.experiment.fits import check_prompt, check_reward_model, check_split, check_vocabulary
+from rlhf.models.loading import tokenizer_of
+from rlhf.rewards.mix import Rewards
 
 
 class Inputs:
@@ -23,6 +28,7 @@ class Inputs:
         self.fabric, self.flags = fabric, flags
         self.info: dict[str, Any] = {}
         self._read: list[tuple[Split, int | None]] = []
+        self._prompts: list[Prompts] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -51,6 +57,7 @@ class Inputs:
         with self.fabric.rank_zero_first(local=True):
             prompts = load_prompts(self.flags.data_dir, name, tokenizer)
         if prompts is not None:
+            self._prompts.append(prompts)
             self._note(prompts.split, tokenizer, new_tokens=getattr(self.flags, "max_new_tokens", 0))
         return prompts
 
@@ -74,3 +81,37 @@ class Inputs:
         if prompt is not None and hasattr(self.flags, "max_new_tokens"):
             where = f"{self.flags.data_dir}/example_prompt.pt"
             check_prompt(prompt, self.flags.max_new_tokens, model, where)
+
+    def check_reference(self, source: str, model: PreTrainedModel) -> None:
+        """See that another model than the policy can be its reference: it reads the same tokens, and all rows.
+
+        Args:
+            source: what `resolve` returned for it; a folder without a tokenizer is taken to have the policy's.
+
+        Raises:
+            UserError: it has another tokenizer, or a row or a token does not fit it.
+        """
+        if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file():
+            theirs = tokenizer_of(source, self.flags)
+            if tokenizer_fingerprint(theirs) != tokenizer_fingerprint(self._tokenizer):
+                raise UserError(
+                    f"the reference {source} has another tokenizer than the policy, whose tokens it would read; give a "
+                    f"reference with the policy's"
+                )
+        name = f"the reference {source}"
+        check_vocabulary(self._tokenizer, model, name)
+        for split, new_tokens in self._read:
+            check_split(split, model, new_tokens=new_tokens, name=name)
+
+    def check_rewards(self, rewards: Rewards) -> list[str]:
+        """See that the reward models of a mix can read the prompts that were loaded, with responses to them.
+
+        Returns:
+            Warnings: what a reward model with a tokenizer of its own may find too long.
+
+        Raises:
+            UserError: what one of them can't read (`check_reward_model`).
+        """
+        models = [part.model for part in rewards.parts if part.model is not None]
+        found = [check_reward_model(p, model, self.flags.max_new_tokens) for model in models for p in self._prompts]
+        return [warning for warning in found if warning is not None]

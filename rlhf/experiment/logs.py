@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +21,11 @@ from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 
 from rlhf.errors import UserError
-from rlhf.files import WriteError, atomic_write, remove_dir, writing
+from rlhf.files import WriteError, atomic_write, remove_dir, shown_bytes, writing
 
 BLOCK_BYTES = 1 << 16
+MOST_WAITING = 16 << 20
+"""Bytes of lines of one file that wait in memory for room on the disk."""
 
 
 class Logs:
@@ -98,24 +101,33 @@ def check_logger(name: str) -> None:
 class Lines:
     """A file of JSON lines, each whole. Lines that a full disk keeps out wait, in their order, for the next one.
 
+    At most `MOST_WAITING` bytes of them: beyond that the oldest are lost, counted, and spoken of.
+
     Args:
         size: bytes of the file that are kept.
+
+    Attributes:
+        lost: lines that will never be in the file.
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        self._waiting: list[bytes] = []
+        self.path, self.lost = path, 0
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = self._told = 0
         if path.exists():
             _cut(path, size)
 
     def write(self, value: dict[str, Any]) -> None:
         """Append a line."""
-        self._waiting.append((json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
         try:
             self._append()
         except OSError as error:
-            if len(self._waiting) == 1:
+            if len(self._waiting) == 1 and self.lost == self._told:
                 print(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory")
+            self._drop()
 
     def sync(self) -> int:
         """Bring every line to the disk; returns the file's bytes.
@@ -143,6 +155,21 @@ class Lines:
                 file.truncate(before)
                 raise
         self._waiting.clear()
+        self._waiting_bytes = 0
+        if self.lost > self._told:
+            print(f"warning: {self.path} can be written again, and {self.lost - self._told:,} of its lines are lost")
+            self._told = self.lost
+
+    def _drop(self) -> None:
+        """Give up the oldest lines of those that wait, as many as are too many."""
+        if self._waiting_bytes > MOST_WAITING and self.lost == self._told:
+            print(
+                f"warning: the lines of {self.path} that wait have more than {shown_bytes(MOST_WAITING)}; from here on "
+                f"the oldest are lost: make room on that disk"
+            )
+        while self._waiting_bytes > MOST_WAITING:
+            self._waiting_bytes -= len(self._waiting.popleft())
+            self.lost += 1
 
 
 def _cut(path: Path, size: int) -> None:

@@ -1,27 +1,32 @@
 """Before the first step: how much memory the run will take at its peak, and whether its largest micro-batch fits.
 
-Weights are there already and are counted as they are; gradients and optimiser state follow from the parameters; what a
+Weights are there already and are counted as they are; gradients and optimiser state follow from the parameters. What a
 micro-batch takes beside them (activations, the logits of a chunk, casts of the weights) is measured on a quarter and on
-half of the largest micro-batch, forward and backward, and grows with its tokens from there. So the estimate knows every
-flag and architecture, and costs less time than one micro-batch. On a GPU the largest micro-batch itself is then tried,
-so that a run that does not fit ends in its first minute and in one sentence. On a CPU it is not: there the kernel would
-end the process without a word, and the estimate says as much. Gradients are thrown away, and no random number is used
-up, so the run is the same with and without this.
+half of the largest one, forward and backward, and grows with its tokens from there. It falls while the gradients come,
+so it is measured apart for each parameter that has its gradient by then: where an update has one micro-batch, not all
+of both is there at one time. On a CPU the heap has holes, and what it takes for a byte of tensors is measured too, on
+the half once more. So the estimate knows every flag and architecture, and costs about the time of one micro-batch.
+
+On a GPU the largest micro-batch itself is then tried, beside as many bytes as are to come, so that a run that does not
+fit ends in its first minute and in one sentence. On a CPU it is not: there the kernel would end the process without a
+word, and the estimate says as much. Gradients are thrown away, and no random number is used up, so the run is the same
+with and without this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rlhf.allocator import give_back
 from rlhf.data.prompts import Prompts
 from rlhf.errors import UserError
-from rlhf.memory import free_memory, held_memory, peak_of
+from rlhf.memory import free_memory, held_memory, peaks_of
 from rlhf.models.forward import trunk_of, unwrapped
 from rlhf.models.loading import Role
 from rlhf.models.policy import Policy
@@ -57,7 +62,7 @@ class Estimate:
     Attributes:
         held: what the process holds now: itself, and the weights of all roles.
         gradients, optimizer: of what is trained.
-        activations: the rest of a micro-batch's forward and backward pass.
+        activations: the most that a micro-batch's forward and backward pass takes beside gradients.
         rollout: what sampling takes: a copy of the weights in the dtype of products, keys and values, logits.
         peak: the largest sum of those that are there at one time.
     """
@@ -95,17 +100,17 @@ def check_memory(
             found = estimate(run, passes, optimizers, rows, tokens, rollout)
             _say(run, found, rows, int(tokens[rows].sum()))
             if wanted == "trial" or (wanted == "auto" and run.device.type == "cuda"):
-                for one in passes:
-                    _attempt(run, one, rows)
+                waiting = found.optimizer + (found.gradients if _several(run, rows) else 0)
+                ballast = torch.empty(
+                    waiting, dtype=torch.uint8, device=run.device
+                )  # on a CPU no page of it is touched
+                _attempt(run, passes, rows)
+                del ballast
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the largest micro-batch of this run, {len(rows)} rows with {int(tokens[rows].sum()):,} tokens, does not "
             f"fit into the memory of {run.device} ({str(error).split('.')[0]}); {REMEDIES}"
         ) from None
-    finally:
-        for one in passes:
-            for parameter in one.role.parameters():
-                parameter.grad = None
     return found
 
 
@@ -115,8 +120,8 @@ REMEDIES = "lower --micro_batch_size or --micro_batch_tokens, set --gradient_che
 def estimate(
     run: Run, passes: Sequence[Pass], optimizers: dict[str, Optimizer], rows: list[int], tokens: Tensor, rollout: int
 ) -> Estimate:
-    """See `check_memory`; leaves gradients behind."""
-    held = held_memory(run.device) or 0
+    """See `check_memory`."""
+    held = _held(run)
     trained = [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
     states = [
         value for optimizer in optimizers.values() for of_one in optimizer.state.values() for value in of_one.values()
@@ -124,33 +129,80 @@ def estimate(
     there = sum(value.nbytes for value in states if isinstance(value, Tensor))  # of a run that was resumed
     gradients = sum(p.nbytes for p in trained)
     coming = max(0, MOMENTS[run.flags.optimizer] * gradients - there)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    activations = max(_peak(run, one, rows, tokens) for one in passes)
+    laps, holes = _laps(run, passes, rows, tokens)
+    activations = int(holes * max(lap.beside for lap in laps))
+    micro_batch = gradients + activations if _several(run, rows) else int(holes * max(sum(lap) for lap in laps))
     mixed = run.device.type == "cpu" and run.precision != "32-true"
-    # Freed blocks of gradients are no place for activations, nor the other way round: all of them count.
-    peak = held + coming + max(gradients + activations, rollout) + (KERNELS if mixed else 0)
+    peak = held + coming + max(micro_batch, gradients, rollout) + (KERNELS if mixed else 0)
     return Estimate(held, gradients, coming, activations, rollout, peak)
 
 
-def _peak(run: Run, one: Pass, rows: list[int], tokens: Tensor) -> int:
-    """Bytes that a pass of the largest micro-batch takes, from what two parts of it take."""
+def _several(run: Run, rows: list[int]) -> bool:
+    """Whether an update has other micro-batches than this one, whose gradients are there when it begins."""
+    return len(rows) < run.flags.mini_batch_size or getattr(run.flags, "ptx_coef", 0.0) > 0
+
+
+class Lap(NamedTuple):
+    """Bytes at the peak of a part of the backward pass, which the next parameter's gradient ends.
+
+    Attributes:
+        gradients: that are there by then; beside: all else.
+    """
+
+    gradients: int
+    beside: int
+
+
+def _held(run: Run) -> int:
+    """Bytes that the process holds, once it has given back what it has freed."""
+    if run.device.type == "cpu":
+        give_back()
+    return held_memory(run.device) or 0
+
+
+def _laps(run: Run, passes: Sequence[Pass], rows: list[int], tokens: Tensor) -> tuple[list[Lap], float]:
+    """Those of the largest micro-batch, from what two parts of it take; what of the heap a byte of tensors takes."""
     by_size = sorted(rows, key=lambda row: -int(tokens[row]))
-    small, large = by_size[::4], by_size[::2]
-    least = _attempt(run, one, small)
+    small, large = by_size[::4], by_size[::2] if len(by_size) > 2 else by_size
+    least = _attempt(run, passes, small)  # the first pass also finds room for what stays: compiled kernels, threads
+    before = _held(run)
+    most, holes = _attempt(run, passes, large), 1.0
+    if run.device.type == "cpu":
+        _attempt(run, passes, large)  # which doesn't fit into all the holes that the first one has left
+        taken = (held_memory(run.device) or 0) - before
+        holes = max(1.0, taken / max(sum(lap) for lap in most))
     if len(small) == len(large):
-        return least
+        return most, holes
+    if [lap.gradients for lap in least] != [lap.gradients for lap in most]:  # of a parameter that not every row uses
+        least, most = ([Lap(0, max(sum(lap) for lap in laps))] for laps in (least, most))
     sizes = [int(tokens[part].sum()) for part in (small, large, by_size)]
-    slope = (_attempt(run, one, large) - least) / (sizes[1] - sizes[0])
-    return int(least + slope * (sizes[2] - sizes[0]))
+    growth = (sizes[2] - sizes[0]) / (sizes[1] - sizes[0])
+    found = [Lap(a.gradients, int(a.beside + growth * (b.beside - a.beside))) for a, b in zip(least, most, strict=True)]
+    return found, holes
 
 
-def _attempt(run: Run, one: Pass, rows: list[int]) -> int:
-    """Bytes at the peak of one forward and backward pass."""
-    with peak_of(run.device) as peak, run.fabric.autocast():
-        loss = one.loss(rows)
-        run.fabric.backward(loss)
-    return peak()
+def _attempt(run: Run, passes: Sequence[Pass], rows: list[int]) -> list[Lap]:
+    """Forward and backward of one micro-batch, as in the run; leaves no gradients."""
+    laps, there = [], 0
+    parameters = list(dict.fromkeys(p for one in passes for p in one.role.parameters() if p.requires_grad))
+    with peaks_of(run.device) as lap, run.fabric.autocast():
+
+        def arrived(parameter: Tensor) -> None:
+            nonlocal there
+            laps.append(Lap(there, lap() - there))
+            there += parameter.grad.nbytes
+
+        hooks = [p.register_post_accumulate_grad_hook(arrived) for p in parameters]
+        try:
+            for one in passes:
+                run.fabric.backward(one.loss(rows))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in parameters:
+                parameter.grad = None
+        laps.append(Lap(there, lap() - there))
+    return laps
 
 
 def rollout_bytes(run: Run, actor: Policy, prompts: Prompts, num_responses: int) -> int:

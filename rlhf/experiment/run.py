@@ -31,6 +31,9 @@ from rlhf.experiment.steps import Step
 from rlhf.files import WriteError, claimed, sweep, write_json
 from rlhf.models.forward import unwrapped
 from rlhf.models.loading import Role
+from rlhf.models.policy import Policy
+from rlhf.rewards.mix import Rewards
+from rlhf.seeds import seed_of_step
 from rlhf.trees.batches import cut, largest_micro_batch, num_steps, rows_of_rank, rows_of_step
 
 
@@ -91,6 +94,15 @@ class Run:
         module = self.fabric.setup_module(module)
         self.modules.append(module)
         return module
+
+    def check_reference(self, source: str, policy: Policy) -> None:
+        """See that a model from elsewhere can be the policy's reference (`Inputs.check_reference`)."""
+        self._inputs.check_reference(source, unwrapped(policy.model))
+
+    def check_rewards(self, rewards: Rewards) -> None:
+        """See that reward models can read the prompts with responses to them (`Inputs.check_rewards`)."""
+        for warning in self._inputs.check_rewards(rewards):
+            self.say(f"warning: {warning}")
 
     @property
     def global_batch(self) -> int:
@@ -303,7 +315,7 @@ class Run:
 
     def _seed_step(self) -> None:
         """Whatever draws in this step (dropout, a reward's own code): of the seed, the step and the device."""
-        seed = ((self.flags.seed * 1_000_003 + self.step_index) * 1_009 + self.rank) % 2**63
+        seed = seed_of_step(self.flags.seed, self.step_index, f"device {self.rank}")
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)

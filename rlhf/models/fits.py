@@ -1,9 +1,11 @@
-"""Whether what a configuration declares fits the weights beside it, before anything of that size is made."""
+"""What a configuration declares: whether it fits the weights beside it, before anything of that size is made; how much
+its model reads."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -59,3 +61,9 @@ def check_shapes(folder: str, config: PretrainedConfig, kind, tensors: dict[str,
             f"{folder}: its config.json asks for {wanted:,} values, and its weights have {held:,} bytes in all; copy "
             f"both from the same model"
         )
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens that a configuration says its model reads; None where it says nothing."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.data.text import load_tokenizer, pad_token_id
+from rlhf.data.text import is_hub_id, load_tokenizer, pad_token_id
 from rlhf.errors import UserError
 from rlhf.flags import ModelFlags
 from rlhf.models.adapters import adapter_base, adapter_has_head, attach_adapter, with_lora
@@ -52,7 +52,7 @@ def resolve(source: str | None, flag: str) -> str:
         raise UserError(f"no model is given; set --{flag} to a hub id, a model folder or an experiment folder")
     path = Path(source).expanduser()
     if not check_path(source, flag):
-        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        if not is_hub_id(source):
             raise UserError(f"--{flag}={source}: there is no such folder; give a model, an experiment or a hub id")
         return source
     checkpoints = path / "checkpoints"

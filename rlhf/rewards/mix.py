@@ -57,11 +57,16 @@ class Scores:
 
 @dataclass
 class Part:
-    """One reward of the mix: what it is called, its weight, and what judges a batch, a value for each response."""
+    """One reward of the mix: what it is called, its weight, and what judges a batch, a value for each response.
+
+    Attributes:
+        model: what judges where that is a model.
+    """
 
     name: str
     weight: float
     judge: Callable[[Answers], Any]
+    model: RewardModel | None = None
 
 
 def _alone(items: list) -> list:
@@ -213,12 +218,14 @@ def load_rewards(
     parts: list[Part] = []
     names: Counter[str] = Counter()
     for spec in specs_of(flags):
+        model = None
         if spec.kind == "model":
-            name, judge = spec.kind, _model_of(spec, flags, tokenizer, device, batch_size, loaded or {})
+            model = _model_of(spec, flags, tokenizer, device, batch_size, loaded or {})
+            name, judge = spec.kind, model.judge
         else:
             name, judge = (judges or {}).get(spec) or _judge_of(spec, flags)
         names[name] += 1
-        parts.append(Part(name if names[name] == 1 else f"{name}_{names[name]}", spec.weight, judge))
+        parts.append(Part(name if names[name] == 1 else f"{name}_{names[name]}", spec.weight, judge, model))
     return Rewards(parts, prompts, tokenizer, gather)
 
 
@@ -260,10 +267,11 @@ def _model_of(
     device: torch.device | str,
     batch_size: int,
     loaded: Mapping[str, Scorer],
-) -> Callable[[Answers], Any]:
+) -> RewardModel:
     source = resolve(spec.argument, spec.flag)
     scorer = loaded.get(source) or load_scorer(source, flags, trainable=False).to(device)
-    return RewardModel(scorer, tokenizer_of(source, flags), tokenizer, batch_size=batch_size).judge
+    given = {"batch_size": batch_size, "name": f"the reward model {source}"}
+    return RewardModel(scorer, tokenizer_of(source, flags), tokenizer, **given)
 
 
 def _judge_of(spec: Spec, flags: Any) -> tuple[str, Callable[[Answers], Any]]:

@@ -66,22 +66,21 @@ def mismatched(rows: Sequence[int], num_rows: int) -> list[int]:
     return [(rows[0] + 1) % num_rows] if len(rows) == 1 else [*rows[-1:], *rows[:-1]]
 
 
-def mismatched_of_run(
-    total_steps: int, num_rows: int, global_batch: int, *, seed: int, shuffle: bool
-) -> list[tuple[int, int]]:
-    """The distinct (row, row whose response it is paired with) of all steps of a run, in order.
+def mismatched_of_run(num_rows: int, global_batch: int, *, seed: int, shuffle: bool) -> list[int]:
+    """For each row of the split its `mismatched` row in all epochs of a run: that of its step in the first one.
 
-    >>> mismatched_of_run(3, 4, 2, seed=0, shuffle=False)
-    [(0, 1), (1, 0), (2, 3), (3, 2)]
+    So there are as many pairs as rows, however many epochs there are.
+
+    >>> mismatched_of_run(5, 2, seed=0, shuffle=False)
+    [1, 0, 3, 2, 0]
     """
-    windows = math.ceil(num_rows / global_batch)
-    pairs: dict[tuple[int, int], None] = {}
-    for first in range(0, total_steps, windows):
-        order = epoch_order(num_rows, seed=seed, epoch=first // windows, shuffle=shuffle).tolist()
-        for window in range(min(windows, total_steps - first)):
-            rows = order[window * global_batch : (window + 1) * global_batch]
-            pairs.update(dict.fromkeys(zip(rows, mismatched(rows, num_rows), strict=True)))
-    return list(pairs)
+    order = epoch_order(num_rows, seed=seed, epoch=0, shuffle=shuffle).tolist()
+    found = [0] * num_rows
+    for start in range(0, num_rows, global_batch):
+        rows = order[start : start + global_batch]
+        for row, other in zip(rows, mismatched(rows, num_rows), strict=True):
+            found[row] = other
+    return found
 
 
 def rows_of_rank(rows: Sequence[int], rank: int, world_size: int) -> list[int]:
