@@ -108,7 +108,8 @@ def test_c23_native_writers_that_fail_are_one_sentence(world, whole, tmp_path):
     assert "/final cannot be written: File too large" in small.output
     assert "warning: no checkpoint after step 2" in small.output
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
-        "args.json", "checkpoints", "data.json", "environment.json", "metrics.jsonl", "samples.jsonl",
+        "args.json", "checkpoints", "data.json", "environment.json", "lock.json", "metrics.jsonl",
+        "samples.jsonl",
     ]  # fmt: skip
     middle = limited(world, tmp_path / "middle", size * 3 // 2)
     assert middle.status == 0, middle.output
