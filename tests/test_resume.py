@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -268,16 +270,46 @@ def test_sigusr1_saves_after_the_step_in_hand_and_goes_on(world, tmp_path, monke
     assert all("step-00000003" in fault for fault in found), found
 
 
-def test_the_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch, capsys):
-    """Status 130 and a sentence; what the last checkpoint holds is there to go on from."""
-    raise_signals(monkeypatch, rlhf_sft, "evaluate", 3, signal.SIGINT, signal.SIGINT)
-    monkeypatch.setattr(sys, "argv", ["rlhf_sft.py", "--data_dir=d"])
-    with pytest.raises(SystemExit) as ended:
-        launch(lambda _: rlhf_sft.main(world.flags("sft", tmp_path / "run")), SFTFlags)
-    assert ended.value.code == 130
-    assert "stopped: at once, without a checkpoint; --resume=True goes on from the last one" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-00000002"
-    assert rlhf_sft.main(world.flags("sft", tmp_path / "run", resume=True))["steps"] == 5
+def hang() -> None:
+    """Never return from native code, as a collective operation may; no signal interrupts it."""
+    native, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    for _ in range(2):
+        native.pthread_mutex_lock(mutex)
+
+
+def test_the_second_ctrl_c_stops_at_once(world, tmp_path):
+    """Status 130 and a sentence, while a save that has begun never ends; what was saved before is there to go on from,
+    to the end that the unbroken run has."""
+    folder, saves, save = tmp_path / "run", [], torch.save
+
+    def hanging(*arguments, **options):
+        saves.append(0)
+        if len(saves) == 2:
+            for seconds in (0.1, 0.2, 1.0):
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+            hang()
+        return save(*arguments, **options)
+
+    def work() -> None:
+        torch.save = hanging
+        world.run("sft", folder)()
+
+    ended = in_child(work, folder)
+    assert ended.status == 130, ended.output
+    assert ended.output.count("asked to stop: what is in hand is finished and saved first") == 1
+    assert "stopped: at once, without a checkpoint; --resume=True goes on from the last one" in ended.output
+    assert (folder / "checkpoints" / "last").resolve().name == "step-00000002"
+    assert in_child(world.run("sft", folder, resume=True), folder).status == 0
+    in_child(world.run("sft", tmp_path / "whole"), tmp_path / "whole")
+    assert differences(tmp_path / "whole", folder) == []
+
+
+def test_one_ctrl_c_that_comes_twice_is_one(world, tmp_path, monkeypatch, capfd):
+    """From the terminal and, at the same moment, from torchrun: the step in hand is finished and saved."""
+    raise_signals(monkeypatch, Step, "update", 3, signal.SIGINT, signal.SIGINT)
+    assert rlhf_sft.main(world.flags("sft", tmp_path / "run"))["steps"] == 3
+    assert capfd.readouterr().err.count("asked to stop") == 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "signals"]
 
 
 def test_ctrl_c_before_the_run_is_a_word(monkeypatch, capsys):

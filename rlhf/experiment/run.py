@@ -143,7 +143,7 @@ class Run:
             self.say(f"{self.script}: {self.folder} ended after step {self.step_index}; there is nothing left to do")
         elif self.checkpoints.any_trace():
             self.step_index, extra = self.checkpoints.load_last(self._identity, models, optimizers)
-            where = self.checkpoints.folder / f"step-{self.step_index:08d}"
+            where = self.checkpoints.of(self.step_index)
             for name, state in (states or {}).items():
                 load_state(state, extra, name, where)
             self.skipped_steps, self._evaluated_at, self._log_sizes = (
