@@ -335,3 +335,17 @@ def survive(
 def moments(operations: int, count: int, seed: int) -> list[int]:
     """`count` distinct moments of a run, in order."""
     return sorted(random.Random(seed).sample(range(1, operations + 1), min(count, operations)))
+
+
+def raise_signals(monkeypatch, module: Any, name: str, at: int, *numbers: int) -> None:
+    """Send this process the signals as `module.name` is called for the `at`-th time."""
+    original, calls = getattr(module, name), []
+
+    def sending(*arguments, **options):
+        calls.append(0)
+        if len(calls) == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, sending)

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rlhf.errors import LAST_WORDS
@@ -47,7 +47,9 @@ class Signals:
         try:
             yield
         finally:
-            signal.set_wakeup_fd(wakeup)
+            current = signal.set_wakeup_fd(-1)  # of a later run, where this one was left by an error
+            with suppress(OSError, ValueError):  # the one before us may have been closed
+                signal.set_wakeup_fd(wakeup if current == writing.fileno() else current, warn_on_full_buffer=False)
             writing.shutdown(socket.SHUT_RDWR)  # closing it is not enough: forked processes may have it open too
             watcher.join()
             writing.close()
