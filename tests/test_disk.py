@@ -52,7 +52,7 @@ def test_c23_a_disk_that_stays_full_costs_nothing_that_was_whole(world, whole, t
     """C23: ENOSPC from some operation on: a sentence, status 2 and no half file; with room again the run ends as the
     one that always had it."""
     straight, operations = whole[script]
-    for moment in moments(operations, 4, seed=1):
+    for moment in moments(operations - 1, 4, seed=1):  # the last one removes a file, which needs no room
         folder = tmp_path / f"{moment}"
         full = in_child(world.run(script, folder), folder, moment=moment, full=math.inf)
         assert (full.status, one_sentence(full.output)) == (2, True), full.output

@@ -95,7 +95,7 @@ def test_the_second_ctrl_c_stops_at_once(world, tmp_path):
 
 
 def test_one_ctrl_c_that_comes_twice_is_one(world, tmp_path, monkeypatch, capfd):
-    """From the terminal and, at the same moment, from torchrun: the step in hand is finished and saved."""
+    """From the terminal and, at the same moment, from a launcher: the step in hand is finished and saved."""
     raise_signals(monkeypatch, Step, "update", 3, signal.SIGINT, signal.SIGINT)
     assert rlhf_sft.main(world.flags("sft", tmp_path / "run"))["steps"] == 3
     assert capfd.readouterr().err.count("asked to stop") == 1

@@ -16,7 +16,8 @@ from rlhf.errors import LAST_WORDS
 SAVE = getattr(signal, "SIGUSR1", None)
 
 ONE_KEY = 0.5
-"""Seconds in which a second SIGINT is the first one again: torchrun passes on the Ctrl-C that its processes had too."""
+"""Seconds in which a second SIGINT is the first one again: a launcher may pass on the Ctrl-C that all of its processes
+have had from the terminal."""
 
 
 class Signals:
