@@ -94,12 +94,16 @@ def test_the_second_ctrl_c_stops_at_once(world, tmp_path):
     assert differences(tmp_path / "whole", folder) == []
 
 
-def test_one_ctrl_c_that_comes_twice_is_one(world, tmp_path, monkeypatch, capfd):
+def test_one_ctrl_c_that_comes_twice_is_one(world, tmp_path):
     """From the terminal and, at the same moment, from a launcher: the step in hand is finished and saved."""
-    raise_signals(monkeypatch, Step, "update", 3, signal.SIGINT, signal.SIGINT)
-    assert rlhf_sft.main(world.flags("sft", tmp_path / "run"))["steps"] == 3
-    assert capfd.readouterr().err.count("asked to stop") == 1
-    assert not [thread.name for thread in threading.enumerate() if thread.name == "signals"]
+
+    def work() -> None:
+        raise_signals(pytest.MonkeyPatch(), Step, "update", 3, signal.SIGINT, signal.SIGINT)
+        assert world.run("sft", tmp_path / "run")()["steps"] == 3
+        assert "signals" not in [thread.name for thread in threading.enumerate()]
+
+    ended = in_child(work, tmp_path / "run")
+    assert (ended.status, ended.output.count("asked to stop")) == (0, 1), ended.output
 
 
 def test_ctrl_c_before_the_run_is_a_word(monkeypatch, capsys):

@@ -66,18 +66,17 @@ class Signals:
 
     def _watch(self, reading: socket.socket) -> None:
         """Answer signals as they come. Python's handlers run only once the operation in hand has returned."""
-        while number := reading.recv(1):
-            if number[0] not in (signal.SIGTERM, signal.SIGINT):
-                continue
+        while numbers := reading.recv(4096):
             now = time.monotonic()
-            if self._asked_at is None:
-                self._asked_at = now
-                _say("asked to stop: what is in hand is finished and saved first; Ctrl-C once more stops at once")
-            elif number[0] == signal.SIGINT and now - self._asked_at > ONE_KEY:
-                _say("stopped: at once, without a checkpoint; --resume=True goes on from the last one")
-                for tell in LAST_WORDS:
-                    tell("Ctrl-C")
-                os._exit(130)
+            for number in numbers:
+                if number in (signal.SIGTERM, signal.SIGINT) and self._asked_at is None:
+                    self._asked_at = now
+                    _say("asked to stop: what is in hand is finished and saved first; Ctrl-C once more stops at once")
+                elif number == signal.SIGINT and now - self._asked_at > ONE_KEY:
+                    _say("stopped: at once, without a checkpoint; --resume=True goes on from the last one")
+                    for tell in LAST_WORDS:
+                        tell("Ctrl-C")
+                    os._exit(130)
 
 
 def _say(text: str) -> None:
