@@ -84,8 +84,8 @@ def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
         for tell in LAST_WORDS:
             tell(str(error))
         sys.exit(error.status)
-    except KeyboardInterrupt as stop:
-        print(f"stopped: {stop}" if stop.args else "stopped", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -109,9 +109,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -136,18 +136,18 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             yield temporary
             for folder, _, names in os.walk(temporary):
                 for name in names:
-                    _sync(Path(folder) / name)
-                _sync(Path(folder))
+                    sync(Path(folder) / name)
+                sync(Path(folder))
             if not path.exists():
                 os.replace(temporary, path)
-            elif not _exchanged(temporary, path):
+            elif not exchanged(temporary, path):
                 os.replace(path, aside)
                 try:
                     os.replace(temporary, path)
                 except OSError:
                     os.replace(aside, path)
                     raise
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -173,7 +173,7 @@ def atomic_link(path: Path, target: str) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -204,7 +204,7 @@ def sweep(folder: Path, *, target: str | None = None, is_alive: Callable[[int], 
         place = folder / found["target"]
         if found["kind"] == "old" and not os.path.lexists(place):
             os.replace(path, place)
-        elif int(found["pid"]) == os.getpid() or not (is_alive or _is_alive)(int(found["pid"])):
+        elif _is_gone(int(found["pid"]), is_alive or _is_alive):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -220,6 +220,10 @@ def beside(path: Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
+def _is_gone(pid: int, is_alive: Callable[[int], bool]) -> bool:
+    return pid == os.getpid() or not is_alive(pid)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -230,7 +234,13 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def is_leftover(path: Path, target: str) -> bool:
+    """Whether `path` has a name by `beside`, on its way to `target`, of a process that runs no more."""
+    found = _LEFTOVER.fullmatch(path.name)
+    return found is not None and found["target"] == target and _is_gone(int(found["pid"]), _is_alive)
+
+
+def exchanged(one: Path, other: Path) -> bool:
     """Let two names change places at once; False where the system or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
@@ -239,7 +249,8 @@ def _exchanged(one: Path, other: Path) -> bool:
     return rename(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -119,7 +119,7 @@ class RunFlags(CheckedFlags):
     save_interval: int = 1000
     """Optimiser steps between checkpoints; one more comes after the last step. 0: none but the final model."""
     keep_checkpoints: int = 2
-    """Latest checkpoints kept (the best one is kept besides); 0 keeps all."""
+    """Latest checkpoints kept, besides the best one and, while a guard fires, the last from before; 0 keeps all."""
     keep_weights: int = 0
     """Checkpoints before those of which the weights alone (their model/) are kept."""
     eval_interval: int = 100

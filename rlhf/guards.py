@@ -5,9 +5,10 @@ rollout (or of every evaluation) and fires while it is beyond its limit. A run w
 ends once one has fired `--guard_patience` times in a row. PPO ends by default: what is learnt from a hacked reward
 model is lost time, and a run that was ended too early goes on with `--resume=True --on_collapse=warn`. GRPO and online
 DPO go on by default: their reward is mostly a rule or a checked answer, and what a rule pays for is what was asked,
-however uniform the text. Unlike SIGTERM the end writes no checkpoint, for the weights have collapsed; where a run would
-end, none is written from the first warning on, so that the last checkpoint and the best one are from before. The limits
-are far from healthy runs: what moves within them is for the reader of the curves.
+however uniform the text. Where a run would end, it writes no checkpoint from the first warning on, for the weights may
+have collapsed, but for those that a signal asks for and the one after its last step. The last checkpoint from before a
+guard began to fire stays as long as one fires, beside those that `--keep_checkpoints` counts. The limits are far from
+healthy runs: what moves within them is for the reader of the curves.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class GuardFlags(CheckedFlags):
 
     on_collapse: Literal["stop", "warn"] = "stop"
     """Once a guard has fired --guard_patience times in a row: end the run with status 3, the last checkpoint being from
-    before; or warn, and go on. A run that was ended goes on with --resume=True --on_collapse=warn."""
+    before; or warn, and go on, that checkpoint being kept besides. A run that was ended goes on with --resume=True
+    --on_collapse=warn."""
     guard_patience: int = 3
     """Rollouts (of --guard_score: evaluations) in a row beyond a limit that end the run; the first of them warns."""
     guard_kl: float = 1.0
@@ -111,6 +113,7 @@ class Guards:
         self._seen: dict[str, Any] = {"rollouts": 0, "start": {}, "recent": [], "fired": {}}
         self._before = -1, copy.deepcopy(self._seen)
         self._evaluated: dict[str, Any] = {"best": None, "fired": {}}
+        self._good = -1
 
     @property
     def firing(self) -> bool:
@@ -119,16 +122,23 @@ class Guards:
 
     @property
     def may_save(self) -> bool:
-        """Whether a checkpoint would be one to go back to (or none is wanted: `--on_collapse=warn`)."""
-        return self.flags.on_collapse == "warn" or not self.firing
+        """Whether a checkpoint would be one to go back to (or is wanted anyway: `--on_collapse=warn`, SIGUSR1)."""
+        return self.flags.on_collapse == "warn" or self.run.save_asked or not self.firing
 
     def state_dict(self) -> dict[str, Any]:
-        """What they remember; nothing of a rollout not learnt from yet, since a resumed run samples it again."""
+        """What they remember; nothing of a rollout not learnt from yet, since a resumed run samples it again.
+
+        `good` is the step of the last checkpoint, that of this state included, that was written while none fired; -1:
+        there is none.
+        """
         step, before = self._before
-        return {"seen": before if step == self.run.step_index else self._seen, "evaluated": self._evaluated}
+        seen = before if step == self.run.step_index else self._seen
+        good = self._good if self.firing else self.run.step_index
+        return {"seen": seen, "evaluated": self._evaluated, "good": good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seen, self._evaluated = copy.deepcopy(state["seen"]), copy.deepcopy(state["evaluated"])
+        self._good = self.run.checkpoints.spared = state["good"]
 
     def watch(self, step: Step, experiences: Sequence[Experience]) -> None:
         """Look at a rollout, before anything is learnt from it, and log what is seen.
@@ -139,7 +149,10 @@ class Guards:
         Raises:
             Collapse: a guard has fired `--guard_patience` times in a row.
         """
-        self._before = self.run.step_index, copy.deepcopy(self._seen)
+        run = self.run
+        if not self.firing and self._before[0] <= run.saved_at < run.step_index:  # written since the last look
+            self._good = run.saved_at
+        self._before = run.step_index, copy.deepcopy(self._seen)
         now = health(experiences)
         step.metrics.put("train/repetition", now["repetition"])
         step.metrics.put("train/empty_rate", now["empty"])
@@ -214,9 +227,12 @@ class Guards:
         """Count in `fired` how often each guard has fired in a row; warn of those that begin to, and end the run."""
         for name in looked_at:
             fired[name] = fired.get(name, 0) + 1 if name in faults else 0
+        self.run.checkpoints.spared = self._good if self.firing else None
         beginning = [text for name, text in faults.items() if fired[name] == 1]
         if beginning:
-            self.run.say(f"warning: after step {self.run.step_index} {' and '.join(beginning)}")
+            good = self.run.checkpoints.of(self._good)
+            kept = f"; {good} is from before, and stays while this lasts" if good.is_dir() else ""
+            self.run.say(f"warning: after step {self.run.step_index} {' and '.join(beginning)}{kept}")
         lasting = [text for name, text in faults.items() if fired[name] >= self.flags.guard_patience]
         if lasting and self.flags.on_collapse == "stop":
             if self.run.logs is not None:
@@ -229,8 +245,8 @@ class Guards:
 
     def _way_back(self) -> str:
         """Where the weights from before are."""
-        folder = self.run.checkpoints.folder
-        for name in ("last", "best"):
-            if (folder / name).exists():
-                return f"{(folder / name).resolve()} is from before"
+        checkpoints = self.run.checkpoints
+        for folder in (checkpoints.of(self._good), checkpoints.folder / "best"):
+            if folder.is_dir():
+                return f"{folder} is from before"
         return "there is no checkpoint from before (--save_interval), so start again"

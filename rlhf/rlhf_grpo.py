@@ -152,8 +152,8 @@ class GRPOFlags(
     eval_temperature: float = 0.01
     """Temperature at evaluations: near-greedy."""
     on_collapse: Literal["stop", "warn"] = "warn"
-    """Once a guard has fired --guard_patience times in a row: warn, and go on; or end the run with status 3, the last
-    checkpoint being from before (take that with a reward model, which can be hacked)."""
+    """Once a guard has fired --guard_patience times in a row: warn, and go on, the last checkpoint from before being
+    kept besides; or end the run with status 3 (take that with a reward model, which can be hacked)."""
     disable_dropout: bool = True
     """GRPO needs one distribution for sampling and training: dropout stays off."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -27,11 +27,11 @@ import torch
 from safetensors import torch as safetensors_torch
 from tqdm import tqdm
 
-from rlhf import files, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
+from rlhf import files, merge, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft
 from rlhf.errors import UserError
 from tests.splits import make_data, make_model_dir, quick_flags
 
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate"}
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate", "os.link"}
 """Audit events of changes in a folder; opening comes besides, where it is for writing."""
 
 NEEDS_ROOM = {"open", "os.mkdir", "os.symlink", "fsync", "serialize_file", "save", "exchange"}
@@ -134,19 +134,19 @@ class Child:
     others: tuple[int, ...] = ()
 
 
-class _Counter:
+class Counter:
     """Counts operations in a folder, in the process that it is installed in, and does `at` at the moment given."""
 
-    def __init__(self, folder: Path, moment: int | None, full: float) -> None:
-        self.folder, self.moment, self.full, self.count = str(folder), moment, full, 0
+    def __init__(self, folder: Path, moment: int | None, full: float = 0, error: int = errno.ENOSPC) -> None:
+        self.folder, self.moment, self.full, self.error, self.count = str(folder), moment, full, error, 0
 
     def install(self) -> None:
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self.hear)
         for owner, name in ((os, "fsync"), (safetensors_torch, "serialize_file"), (torch, "save")):
-            setattr(owner, name, self._around(name, getattr(owner, name)))
-        files._exchanged = self._around("exchange", files._exchanged)
+            setattr(owner, name, self.around(name, getattr(owner, name)))
+        files.exchanged = merge.exchanged = self.around("exchange", files.exchanged)
 
-    def _hear(self, event: str, arguments: tuple) -> None:
+    def hear(self, event: str, arguments: tuple) -> None:
         if event == "open":
             path, mode, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR) if mode is None else set(mode) & set("wax+")
@@ -155,11 +155,11 @@ class _Counter:
         elif event in CHANGES and any(str(a).startswith(self.folder) for a in arguments[:2]):
             self.tick(event)
 
-    def _around(self, name: str, operation: Callable) -> Callable:
+    def around(self, name: str, operation: Callable) -> Callable:
         def counted(*arguments, **options):
             self.tick(name)
             result = operation(*arguments, **options)
-            self.tick(name)
+            self.tick("exchanged" if name == "exchange" else name)
             return result
 
         return counted
@@ -169,9 +169,13 @@ class _Counter:
         if self.moment is None or self.count < self.moment:
             return
         if not self.full:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif name in NEEDS_ROOM and self.count < self.moment + self.full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.die()
+        fails = name in NEEDS_ROOM or (self.error != errno.ENOSPC and name != "exchanged")  # which is done by then
+        if fails and self.count < self.moment + self.full:
+            raise OSError(self.error, os.strerror(self.error))
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_child(
@@ -180,6 +184,7 @@ def in_child(
     *,
     moment: int | None = None,
     full: float = 0,
+    error: int = errno.ENOSPC,
     seconds: float | None = None,
     processes: int = 1,
     timeout: float = 120.0,
@@ -189,6 +194,7 @@ def in_child(
     Args:
         folder: where operations are counted, by the first process.
         moment: the operation before which it kills itself, or from which on the disk is full for `full` operations.
+        error: ENOSPC meets what needs room alone; any other is that of a disk which fails whatever it is asked.
         seconds: after which it is killed. The other process of a killed one is killed with it.
     """
     log = folder.with_name(f"{folder.name}.log")
@@ -201,7 +207,8 @@ def in_child(
         child = os.fork()
         if child == 0:
             os.environ.update({**environment, **({"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if environment else {})})
-            _work(work, _Counter(folder, moment if rank == 0 else None, full), log, writing if rank == 0 else None)
+            counter = Counter(folder, moment if rank == 0 else None, full, error)
+            _work(work, counter, log, writing if rank == 0 else None)
         children.append(child)
     gc.unfreeze()
     os.close(writing)
@@ -215,7 +222,7 @@ def in_child(
     return Child(status, log.read_text(encoding="utf-8", errors="replace"), int(count or 0), others)
 
 
-def _work(work: Callable[[], Any], counter: _Counter, log: Path, pipe: int | None) -> None:
+def _work(work: Callable[[], Any], counter: Counter, log: Path, pipe: int | None) -> None:
     # In the fork: out without any of the parent's clean-up.
     status = 1
     try:
@@ -281,9 +288,14 @@ def differences(one: Path, other: Path) -> list[str]:
     ]
     faults = [f"{name} is in one alone" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
-        if name != "environment.json" and _content(one / name) != _content(other / name):
+        if name not in ("environment.json", "lock.json") and _content(one / name) != _content(other / name):
             faults.append(f"{name} differs")
     return faults
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file of a folder was changed; but for its lock, which says who looked at it last."""
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*") if path.name != "lock.json"}
 
 
 def _content(path: Path) -> Any:
@@ -323,3 +335,17 @@ def survive(
 def moments(operations: int, count: int, seed: int) -> list[int]:
     """`count` distinct moments of a run, in order."""
     return sorted(random.Random(seed).sample(range(1, operations + 1), min(count, operations)))
+
+
+def raise_signals(monkeypatch, module: Any, name: str, at: int, *numbers: int) -> None:
+    """Send this process the signals as `module.name` is called for the `at`-th time."""
+    original, calls = getattr(module, name), []
+
+    def sending(*arguments, **options):
+        calls.append(0)
+        if len(calls) == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, sending)

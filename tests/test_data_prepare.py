@@ -244,7 +244,7 @@ def test_a_file_without_a_usable_row_is_an_error(tmp_path, tokenizers):
     assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
-@pytest.mark.parametrize("failing", ["write_pt", "write_json", "stamp_twin", "select", "_move_in"])
+@pytest.mark.parametrize("failing", ["write_pt", "write_json", "stamp_twin", "select", "put_in"])
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path, tokenizers, monkeypatch, failing):
     """DESIGN.md §11: never a half-written folder, wherever it fails; what was there stays as it was."""
     run(dialogues, tmp_path, tokenizers, dialogue_rows(30), stage="prompts")

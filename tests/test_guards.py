@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,13 @@ import torch
 from rlhf import rlhf_grpo, rlhf_online_dpo, rlhf_ppo
 from rlhf.errors import UserError
 from rlhf.experience import Experience
+from rlhf.experiment.checkpoints import Checkpoints
+from rlhf.experiment.steps import Step
 from rlhf.flags import launch
 from rlhf.guards import Collapse, GuardFlags, Guards, health, repetition
 from rlhf.models.loading import resolve
+from tests.kill import World as KillWorld
+from tests.kill import differences
 from tests.ppo import World, flags_of, make_world, set_up
 from tests.splits import metrics_of, quick_flags, tokenizer_for
 
@@ -149,6 +155,82 @@ def test_what_the_guards_remember_is_in_the_checkpoint(world, tmp_path):
     assert train_lines(tmp_path / "two")[-1]["train/guards_firing"] > 0
 
 
+FIRING = (3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def kill_world(tmp_path_factory) -> KillWorld:
+    return KillWorld.make(tmp_path_factory.mktemp("firing") / "world")
+
+
+def planted(world: KillWorld, folder: Path, at: dict[int, int] | None = None, **given) -> list[set[int]]:
+    """GRPO in which a guard fires at the steps `FIRING`, a checkpoint at every step: those that are there at the end
+    of each step, and of the run.
+
+    Args:
+        at: signals that come in the update of a step.
+    """
+    there: list[set[int]] = []
+
+    def look() -> None:
+        there.append({int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")})
+
+    update, finish = Step.update, Step.finish
+
+    def signalled(self, *arguments, **options):
+        if number := (at or {}).get(self.run.step_index):
+            os.kill(os.getpid(), number)
+        return update(self, *arguments, **options)
+
+    def looked_at(self, bar):
+        look()
+        finish(self, bar)
+
+    given = {"on_collapse": "warn", "keep_weights": 0, "save_interval": 1, "eval_interval": 0, "max_steps": 8} | given
+    flags = world.flags("grpo", folder, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        faults = {True: {"length": "a fault is planted"}, False: {}}
+        patch.setattr(Guards, "_faults", lambda self, _: faults[self.run.step_index in FIRING])
+        patch.setattr(Step, "update", signalled)
+        patch.setattr(Step, "finish", looked_at)
+        rlhf_grpo.main(flags)
+    look()
+    return there
+
+
+def test_c9_the_last_good_checkpoint_stays_while_a_guard_fires(kill_world, tmp_path, capsys):
+    """C9: with --keep_checkpoints=1, that of step 2 while it fires in steps 3 to 5, whether the run goes on saving,
+    saves only what is asked for by signals, or ends; then it is thinned out as any other."""
+    before, after = [set(), {1}, {2}], [{6}, {7}, {8}]
+    assert planted(kill_world, tmp_path / "warn") == [*before, {2, 3}, {2, 4}, {2, 5}, *after]
+    good = tmp_path / "warn" / "checkpoints" / "step-00000002"
+    warned = f"warning: after step 3 a fault is planted; {good} is from before, and stays while this lasts\n"
+    assert warned in capsys.readouterr().out
+    stop = {"on_collapse": "stop", "guard_patience": 4}
+    assert planted(kill_world, tmp_path / "stop", **stop) == [*before, {2}, {2}, {2}, *after]
+    asked = planted(kill_world, tmp_path / "asked", {3: signal.SIGUSR1}, **stop)
+    assert asked == [*before, {2}, {2, 4}, {2, 4}, *after]
+    ended = planted(kill_world, tmp_path / "ended", {4: signal.SIGTERM}, **stop)
+    assert ended == [*before, {2}, {2}, {2, 5}]
+    assert planted(kill_world, tmp_path / "short", max_steps=5, **stop)[-1] == {2, 5}
+
+
+def test_c4_c9_what_stays_is_in_the_checkpoint(kill_world, tmp_path):
+    """C4, C9: ended by SIGTERM as it begins to fire or fires for the last time, gone on with from there or, as after a
+    kill, from the checkpoint before: what is left is what the unbroken run leaves."""
+    planted(kill_world, tmp_path / "whole", max_steps=7)
+    for last in (FIRING[0], FIRING[-1]):
+        for name in ("stopped", "killed"):
+            folder = tmp_path / f"{name}-{last}"
+            planted(kill_world, folder, {last: signal.SIGTERM}, max_steps=7, keep_checkpoints=2)
+            if name == "killed":
+                shutil.rmtree(folder / "checkpoints" / f"step-{last + 1:08d}")
+            first = last + (name == "stopped")
+            later = [{2, i} if i in FIRING else {i} for i in range(first + 1, 7)]
+            assert planted(kill_world, folder, resume=True, max_steps=7) == [{2, first}, *later, {7}]
+            assert differences(tmp_path / "whole", folder) == []
+
+
 def test_online_dpo_is_guarded(world, tmp_path):
     """The guards stand in its loop too: a limit below what any rollout has ends it at once."""
     flags = quick_flags(
@@ -243,7 +325,8 @@ class Recorder:
         self.said: list[str] = []
         self.values: dict[str, float] = {}
         self.step_index, self.logs, self.metrics = 0, None, self
-        self.checkpoints = SimpleNamespace(folder=folder)
+        self.saved_at, self.save_asked = -1, False
+        self.checkpoints = Checkpoints(folder, keep=1)
 
     def say(self, text: str) -> None:
         self.said.append(text)

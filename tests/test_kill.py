@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.experiment.run import Step
-from tests.kill import SETTINGS, World, differences, in_child, moments, survive
+from tests.kill import SETTINGS, World, differences, in_child, moments, survive, times
 from tests.splits import metrics_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each run")
@@ -142,11 +142,11 @@ def test_c4_c23_resume_before_the_first_checkpoint(lab, tmp_path):
 def test_c4_resume_of_a_run_that_has_ended_changes_nothing(lab, tmp_path):
     whole, _ = lab.whole("ppo")
     folder = shutil.copytree(whole, tmp_path / "run", symlinks=True)
-    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    before = times(folder)
     again = in_child(lab.world.run("ppo", folder, resume=True), folder)
     assert again.status == 0, again.output
     assert "there is nothing left to do" in again.output
-    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert times(folder) == before
     shutil.rmtree(folder / "final")
     assert in_child(lab.world.run("ppo", folder, resume=True), folder).status == 0
     assert differences(whole, folder) == []

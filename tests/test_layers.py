@@ -20,6 +20,8 @@ LAYERS = {
     "rlhf/errors.py": 0,
     "rlhf/paths.py": 0,
     "rlhf/files.py": 0,
+    "rlhf/locks.py": 0,
+    "rlhf/merge.py": 0,
     "rlhf/masked.py": 0,
     "rlhf/kl.py": 0,
     "rlhf/logps.py": 0,

@@ -14,15 +14,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf import rlhf_grpo, rlhf_ppo, rlhf_rm, rlhf_sft
+from rlhf import rlhf_ppo, rlhf_rm, rlhf_sft
 from rlhf.data.splits import load_split, write_split
 from rlhf.errors import UserError
 from rlhf.experiment import identity, logs
 from rlhf.experiment.run import Step
-from rlhf.flags import launch
 from rlhf.models.loading import load_policy, save_model
 from rlhf.rlhf_sft import SFTFlags
-from tests.kill import World, differences, in_child
+from tests.kill import World, differences, in_child, raise_signals
 from tests.splits import make_data, make_model_dir, metrics_of, tokenizer_for
 from tests.test_checkpoints import Lab, same, store_in
 
@@ -215,80 +214,6 @@ def test_c34_checkpoints_after_the_one_that_is_resumed_do_not_count(tmp_path, wo
     store.settle(3)
     assert [path.name[-1] for path in store.steps()] == ["2", "3", "9"]
     assert os.readlink(store.folder / "last") == "step-00000003"
-
-
-def raise_signals(monkeypatch, module, name: str, at: int, *numbers: int) -> None:
-    """Send this process the signals as `module.name` is called for the `at`-th time."""
-    original, calls = getattr(module, name), []
-
-    def sending(*arguments, **options):
-        calls.append(0)
-        if len(calls) == at:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(module, name, sending)
-
-
-@pytest.mark.parametrize(
-    ("script", "module", "name", "at", "steps"),
-    [
-        ("sft", rlhf_sft, "evaluate", 2, 3),
-        ("grpo", rlhf_grpo, "sample_groups", 2, 2),
-        ("sft", Step, "update", 4, 4),
-        ("sft", rlhf_sft, "evaluate", 4, 5),
-    ],
-)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_at_any_stage_saves_and_goes_on(world, tmp_path, monkeypatch, script, module, name, at, steps, number):
-    """In an evaluation, a rollout, an update: the step in hand is the last; in the last evaluation, the run ends."""
-    main = {"sft": rlhf_sft, "grpo": rlhf_grpo}[script].main
-    folder = tmp_path / "run"
-    given = {"save_interval": 0}
-    with monkeypatch.context() as patch:
-        raise_signals(patch, module, name, at, number)
-        handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-        assert main(world.flags(script, folder, **given))["steps"] == steps
-        assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    assert (folder / "final").exists() == (name == "evaluate" and at == 4)
-    main(world.flags(script, folder, resume=True, **given))
-    straight = tmp_path / "straight"
-    main(world.flags(script, straight, **given))
-    assert not [f for f in differences(straight, folder) if not f.startswith("checkpoints/")]
-
-
-def test_sigusr1_saves_after_the_step_in_hand_and_goes_on(world, tmp_path, monkeypatch):
-    given = {"save_interval": 100, "keep_checkpoints": 9}
-    rlhf_sft.main(world.flags("sft", tmp_path / "straight", **given))
-    raise_signals(monkeypatch, Step, "update", 3, signal.SIGUSR1)
-    assert rlhf_sft.main(world.flags("sft", tmp_path / "run", **given))["steps"] == 5
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*3")] == ["step-00000003"]
-    found = differences(tmp_path / "straight", tmp_path / "run")
-    assert all("step-00000003" in fault for fault in found), found
-
-
-def test_the_second_ctrl_c_stops_at_once(world, tmp_path, monkeypatch, capsys):
-    """Status 130 and a sentence; what the last checkpoint holds is there to go on from."""
-    raise_signals(monkeypatch, rlhf_sft, "evaluate", 3, signal.SIGINT, signal.SIGINT)
-    monkeypatch.setattr(sys, "argv", ["rlhf_sft.py", "--data_dir=d"])
-    with pytest.raises(SystemExit) as ended:
-        launch(lambda _: rlhf_sft.main(world.flags("sft", tmp_path / "run")), SFTFlags)
-    assert ended.value.code == 130
-    assert "stopped: at once, without a checkpoint; --resume=True goes on from the last one" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-00000002"
-    assert rlhf_sft.main(world.flags("sft", tmp_path / "run", resume=True))["steps"] == 5
-
-
-def test_ctrl_c_before_the_run_is_a_word(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["rlhf_sft.py", "--data_dir=d"])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        with pytest.raises(SystemExit) as ended:
-            launch(lambda _: os.kill(os.getpid(), signal.SIGINT), SFTFlags)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (ended.value.code, capsys.readouterr().err.strip()) == (130, "stopped")
 
 
 class _Stop(Exception):

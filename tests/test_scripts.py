@@ -106,8 +106,8 @@ def test_the_experiment_folder_holds_exactly_this(lab, tmp_path, script, mode):
         model = model | ({"generation_config.json"} if mode == "all" else set())
     elif mode == "lora":
         model = model | {"config.json"}
-    top = {"args.json", "environment.json", "data.json", "metrics.jsonl", "summary.json", "csv/metrics.csv"}
-    top |= {"report.json"} if script == "rm" else {"samples.jsonl"}
+    top = {"args.json", "environment.json", "data.json", "lock.json", "metrics.jsonl", "summary.json"}
+    top |= {"csv/metrics.csv", "report.json" if script == "rm" else "samples.jsonl"}
     checkpoints = {"checkpoints/last", "checkpoints/best/best.json"}
     checkpoints |= {f"checkpoints/best/model/{name}" for name in model}
     for step in (3, 4):

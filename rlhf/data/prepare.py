@@ -3,7 +3,7 @@
 Rows stream from the reader through the tokenising processes to a spool of flat token files; a few numbers for each
 row decide its split and place; the splits are then written from the spool, packed twin first, and the `.pt` from
 the twin. So memory grows by some forty bytes a row, whatever the length of the texts. Everything is written in a
-folder beside `--destination_dir` and moved in at the end: a run that fails leaves nothing behind.
+folder beside `--destination_dir` and comes in at the end, all at once: a run that fails, or is killed, changes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from rlhf.data.spool import Selection, Spool, SpooledRows, select
 from rlhf.data.text import load_tokenizer, tokenizer_fingerprint
 from rlhf.data.twin import open_twin, stamp_twin, write_twin
 from rlhf.errors import UserError
-from rlhf.files import beside, sweep, write_json, writing
+from rlhf.files import write_json, writing
+from rlhf.merge import alone, discard, put_in, staging
 from rlhf.paths import check_writable
 
 _POOL_PAYS_BYTES = 4 << 20
@@ -95,10 +96,8 @@ def prepare(
     encoder = RowEncoder(flags.stage, tokenizer, make_parser(tokenizer), limits, flags.seed)
     started = time.perf_counter()
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        sweep(destination.parent, target=destination.name)
-        work = beside(destination.absolute())
-        work.mkdir()
+        folder = destination.resolve()
+        work = staging(folder)
     except OSError as error:
         raise UserError(f"--destination_dir {destination} can't be written ({error.strerror})") from error
     try:
@@ -134,12 +133,9 @@ def prepare(
                 "lengths": tally.lengths.summary(),
                 "files": files,
             }
-            info = data_info(destination)
-            info["stages"][flags.stage] = entry
-            write_json(out / "args.json", info)
-            _move_in(out, destination, flags.stage)
+            _put_in(folder, out, flags.stage, entry)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        discard(work)
     _print_end(destination, tally, seconds, num_workers)
     return entry
 
@@ -285,23 +281,14 @@ def _write_extras(
     return files
 
 
-def _move_in(out: Path, destination: Path, stage: str) -> None:
-    """Move the finished files into place, `args.json` last, and remove what an earlier run of the stage left."""
-    destination.mkdir(exist_ok=True)
-    new = {path.name for path in out.iterdir()}
-    for path in out.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    for name in sorted(new, key=lambda name: name == "args.json"):
-        if name == "args.json":
-            for suffix in (".pt", ".safetensors"):
-                for split in SPLIT_NAMES:
-                    stale = destination / f"{stage}_{split}{suffix}"
-                    if stale.name not in new:
-                        stale.unlink(missing_ok=True)
-            if f"skipped_{stage}.jsonl" not in new:
-                (destination / f"skipped_{stage}.jsonl").unlink(missing_ok=True)
-        os.replace(out / name, destination / name)
+def _put_in(folder: Path, out: Path, stage: str, entry: dict[str, Any]) -> None:
+    """Bring the finished files in, in the place of all that an earlier run of the stage left."""
+    splits = [f"{stage}_{split}{suffix}" for split in SPLIT_NAMES for suffix in (".pt", ".safetensors")]
+    with alone(folder):
+        info = data_info(folder)
+        info["stages"][stage] = entry
+        write_json(out / "args.json", info)
+        put_in(folder, out, instead_of=[*splits, f"skipped_{stage}.jsonl"])
 
 
 def _print_end(destination: Path, tally: _Tally, seconds: float, num_workers: int) -> None:

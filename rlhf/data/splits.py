@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,8 @@ from rlhf.data.twin import (
 )
 from rlhf.errors import UserError
 from rlhf.files import WriteError, atomic_write
+from rlhf.locks import locked
 from rlhf.untrusted import read_json
-
-try:
-    import fcntl
-except ImportError:  # no file locks there: several processes may build the same twin, each whole
-    fcntl = None
 
 __all__ = [
     "IGNORE_INDEX",
@@ -240,7 +236,7 @@ def _fresh_twin(path: Path, stage: str) -> Twin | None:
 
 def _build(path: Path, stage: str, ignore_index: int, *, keep_if_fresh: bool) -> Twin:
     """Write the twin of the `.pt` at `path` anew, in one process at a time, and open it."""
-    with _locked(path):
+    with locked(path):
         if keep_if_fresh and (twin := _fresh_twin(path, stage)):
             return twin
         rows = read_pt(path, stage, ignore_index=ignore_index)
@@ -273,13 +269,3 @@ def _build_elsewhere(stage: str, lengths: dict, rows: list, ignore_index: int) -
 
 def _no_rows(path: Path) -> UserError:
     return UserError(f"{path} holds no rows; prepare the data again")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of the file at `path`, where files have locks."""
-    with open(path, "rb") as file:
-        if fcntl is not None:
-            with suppress(OSError):  # some network file systems have none; the rename is atomic all the same
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -54,7 +54,12 @@ class Checkpoints:
     Args:
         keep: how many of the latest are kept; 0 keeps all.
         keep_weights: of how many older ones the weights are kept.
+
+    Attributes:
+        spared: step of one that is kept besides, whole; None: there is none.
     """
+
+    spared: int | None = None
 
     def __init__(self, folder: Path, *, keep: int, keep_weights: int = 0) -> None:
         self.folder, self.keep, self.keep_weights = folder, keep, keep_weights
@@ -75,7 +80,7 @@ class Checkpoints:
         Raises:
             WriteError: there is no room for it, or the disk fails; all that stood there still does.
         """
-        target = self.folder / f"step-{step:08d}"
+        target = self.of(step)
         others = [_trained(role) for name, role in models.items() if name != "model"]
         _check_room(target, num_bytes(models["model"]) + _tensor_bytes(others) + _tensor_bytes(optimizers))
         with atomic_dir(target) as temporary:
@@ -95,12 +100,13 @@ class Checkpoints:
         """Let `last` name the checkpoint of this step, and thin out those before it: a kill may come in between.
 
         Of the `keep_weights` before those that are kept, all but the weights are removed, the state first. Later ones,
-        which are broken or of steps that are done again, are left alone and don't count.
+        which are broken or of steps that are done again, are left alone and don't count; nor does the one `spared`.
         """
-        target = self.folder / f"step-{step:08d}"
+        target = self.of(step)
         if not (self.folder / "last").is_symlink() or os.readlink(self.folder / "last") != target.name:
             atomic_link(self.folder / "last", target.name)
-        so_far = [folder for folder in self.steps() if int(folder.name.removeprefix("step-")) <= step]
+        numbers = {folder: int(folder.name.removeprefix("step-")) for folder in self.steps()}
+        so_far = [folder for folder, number in numbers.items() if number <= step and number != self.spared]
         older = so_far[: -self.keep] if self.keep else []
         weights_only = older[-self.keep_weights :] if self.keep_weights else []
         for folder in older:
@@ -133,6 +139,10 @@ class Checkpoints:
         """The folders `step-*`, oldest first: by number, as that of step 100,000,000 is longer than the others."""
         found = (p for p in self.folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit())
         return sorted(found, key=lambda p: int(p.name[5:]))
+
+    def of(self, step: int) -> Path:
+        """The folder of the checkpoint after this step, whether or not there is one."""
+        return self.folder / f"step-{step:08d}"
 
     def any_trace(self) -> bool:
         """Whether there is, or was, a checkpoint."""

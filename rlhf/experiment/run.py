@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from rlhf.data.prompts import Prompts
 from rlhf.data.splits import Split
-from rlhf.errors import NonFiniteError
+from rlhf.errors import NonFiniteError, UserError
 from rlhf.experiment.checkpoints import Checkpoints, Stateful, load_state, part_of, save_final
+from rlhf.experiment.folder import leave_folder, take_folder
 from rlhf.experiment.identity import Identity, has_ended, model_fingerprints, record_in, summary_in
 from rlhf.experiment.inputs import Inputs
 from rlhf.experiment.lifeline import Lifeline
@@ -46,6 +47,8 @@ class Run:
         step_index: optimiser steps finished.
         interrupted: it was asked to stop, and did before its last step.
         ended: it was resumed after its end: there is nothing left to do.
+        saved_at: the step of the last checkpoint that was written or resumed from; -1 before there is one.
+        save_asked: SIGUSR1 came in the step before.
     """
 
     def __init__(self, fabric: Fabric, flags: Any, script: str, folder: Path, lifeline: Lifeline | None = None) -> None:
@@ -62,10 +65,10 @@ class Run:
         )
         self.logs: Logs | None = None
         self.interrupted = self.ended = False
-        self._signals, self._save_asked = Signals(), False
+        self._signals, self.save_asked = Signals(), False
         self._identity = Identity(script, flags, self.world_size)
         self._log_sizes: dict[str, int] = {}
-        self._evaluated_at = self._saved_at = -1
+        self._evaluated_at = self.saved_at = -1
         self._values: dict[str, float] = {}
         self._step: Step | None = None
         self._inputs = Inputs(fabric, flags)
@@ -152,13 +155,13 @@ class Run:
             self.say(f"{self.script}: {self.folder} ended after step {self.step_index}; there is nothing left to do")
         elif self.checkpoints.any_trace():
             self.step_index, extra = self.checkpoints.load_last(self._identity, models, optimizers)
-            where = self.checkpoints.folder / f"step-{self.step_index:08d}"
+            where = self.checkpoints.of(self.step_index)
             for name, state in (states or {}).items():
                 load_state(state, extra, name, where)
             self.skipped_steps, self._evaluated_at, self._log_sizes = (
                 part_of(extra, name, where) for name in ("skipped_steps", "evaluated_at", "log_sizes")
             )
-            self._saved_at = self.step_index
+            self.saved_at = self.step_index
             self._on_first(lambda: self.checkpoints.settle(self.step_index))
             self.say(f"{self.script}: resumed {self.folder} after step {self.step_index}")
         elif begun is None:
@@ -171,6 +174,7 @@ class Run:
         """Create the experiment folder, or take up the one that is resumed.
 
         Raises:
+            UserError: another run has it, or had it in the meantime.
             WriteError: the disk has no room for it.
         """
         if self.ended:
@@ -178,27 +182,43 @@ class Run:
         if not self.flags.experiment_dir:
             self.folder = Path(self.fabric.broadcast(str(claimed(self.folder)) if self.rank == 0 else ""))
             self.checkpoints.folder = self.folder / "checkpoints"
-        fault = self._on_first(self._open)
-        if fault is not None:
-            raise WriteError(fault)
+        self._on_first(self._open, must=True)
         self.say(f"{self.script}: writing to {self.folder}")
 
+    def take_folder(self) -> None:
+        """Keep other runs out of the experiment folder; a new one is taken by `open`.
+
+        Raises:
+            UserError: another run has it.
+        """
+        self._on_first(lambda: take_folder(self.folder, new=not self.flags.resume), must=True)
+
     def _open(self) -> None:
+        take_folder(self.folder, new=not self.flags.resume)
         arguments = {**dataclasses.asdict(self.flags), "experiment_dir": str(self.folder)}
         write_json(self.folder / "args.json", arguments)
         write_json(self.folder / "environment.json", environment(self.fabric))
         write_json(self.folder / "data.json", {**self._inputs.info, "models": self._identity.models})
         self.logs = Logs(self.folder, self.flags.logger, self.script, sizes=self._log_sizes)
 
-    def _on_first(self, write: Callable[[], None]) -> str | None:
-        """Call `write` on the first device; returns, on every device, why it could not write."""
+    def _on_first(self, write: Callable[[], None], *, must: bool = False) -> WriteError | None:
+        """Call `write` on the first device; returns, on every device, why it could not write.
+
+        Raises:
+            UserError: with `must`, on every device, whatever `write` complained of.
+        """
         fault = None
         if self.rank == 0:
             try:
                 write()
-            except WriteError as error:
-                fault = str(error)
-        return self.fabric.broadcast(fault)
+            except UserError as error:
+                if not (must or isinstance(error, WriteError)):
+                    raise
+                fault = error
+        fault = self.fabric.broadcast(fault)
+        if must and fault is not None:
+            raise fault
+        return fault
 
     def evaluate_if_due(self, assess: Callable[[], dict[str, float]]) -> None:
         """At every `--eval_interval`-th step, the first included: log what `assess` measures."""
@@ -237,14 +257,14 @@ class Run:
         Where the disk has no room for it the run goes on, and says so; the next one is tried when it is due.
         """
         interval = self.flags.save_interval
-        if self._save_asked or (interval > 0 and self.step_index > 0 and self.step_index % interval == 0):
+        if self.save_asked or (interval > 0 and self.step_index > 0 and self.step_index % interval == 0):
             began = time.perf_counter()
             self._save(models, optimizers, tokenizer, states)
             self._step.began += time.perf_counter() - began
 
     def _save(self, models, optimizers, tokenizer, states, *, must: bool = False) -> None:
         """Write a checkpoint; where it cannot be written, raise WriteError if it `must`, else say so."""
-        if self._saved_at == self.step_index:
+        if self.saved_at == self.step_index:
             return
 
         def write() -> None:
@@ -255,14 +275,14 @@ class Run:
 
         fault = self._on_first(write)
         if fault is None:
-            self._saved_at = self.step_index
+            self.saved_at = self.step_index
         elif must:
             raise WriteError(self._go_on(fault))
         else:
             self.say(f"warning: no checkpoint after step {self.step_index}: {fault}; training goes on meanwhile")
 
-    def _go_on(self, fault: str) -> str:
-        after = f"from the checkpoint after step {self._saved_at}" if self._saved_at >= 0 else "from the first step"
+    def _go_on(self, fault: WriteError) -> str:
+        after = f"from the checkpoint after step {self.saved_at}" if self.saved_at >= 0 else "from the first step"
         return f"{fault}, then go on {after} with --resume=True"
 
     def save_best(self, role: Role, tokenizer, metric: str, value: float, *, higher: bool) -> None:
@@ -298,7 +318,7 @@ class Run:
                 self.step_index += 1
                 bar.update(1)
                 self._step.finish(bar)
-                stop, self._save_asked = self._asked()
+                stop, self.save_asked = self._asked()
                 if stop:
                     self.interrupted = self.step_index < self.total_steps
                     break
@@ -407,7 +427,7 @@ class Run:
             self._let_go()
             return summary_in(self.folder)
         with self._signals.listening():
-            if self.interrupted or self.flags.save_interval > 0 or self._save_asked:
+            if self.interrupted or self.flags.save_interval > 0 or self.save_asked:
                 self._save(models, optimizers, tokenizer, states, must=self.interrupted)
             if self.interrupted:
                 self.say(f"{self.script}: stopped after step {self.step_index}; go on with --resume=True")
@@ -428,7 +448,9 @@ class Run:
         return summary
 
     def _let_go(self) -> None:
-        """Wait for the other processes; from here on each may end on its own."""
+        """Wait for the other processes; from here on each may end on its own, and another run may go on here."""
         self.fabric.barrier()
+        if self.rank == 0:
+            leave_folder(self.folder)
         if self._lifeline is not None:
             self._lifeline.close()

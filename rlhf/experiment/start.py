@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.experiment.devices import make_fabric
+from rlhf.experiment.folder import check_new
 from rlhf.experiment.lifeline import hold
 from rlhf.experiment.logs import check_logger
 from rlhf.experiment.run import Run
@@ -16,11 +17,11 @@ from rlhf.paths import check_writable
 
 
 def start_experiment(flags: Any, script: str) -> Run:
-    """Set up devices and seeds for `script`; nothing is written before `Run.steps` begins.
+    """Set up devices and seeds for `script`; nothing is written before `Run.open`, but the lock of a resumed folder.
 
     Raises:
         UserError: flags that contradict each other, an experiment folder that is taken, or one to resume that isn't
-            there.
+            there, or that another run is writing to.
     """
     folder = Path(flags.experiment_dir or f"experiments/runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
     if flags.resume and not flags.experiment_dir:
@@ -29,8 +30,8 @@ def start_experiment(flags: Any, script: str) -> Run:
         raise UserError(f"--experiment_dir={folder}: there is no run there to resume; leave --resume out to start it")
     if flags.keep_weights and not flags.keep_checkpoints:
         raise UserError("--keep_weights has no meaning with --keep_checkpoints=0, which keeps all of every checkpoint")
-    if flags.experiment_dir and not flags.resume and (folder / "args.json").exists():
-        raise UserError(f"--experiment_dir={folder} holds a run already; give another folder, or --resume=True")
+    if flags.experiment_dir and not flags.resume:
+        check_new(folder)
     check_writable(folder, "experiment_dir")
     check_logger(flags.logger)
     fabric, why = make_fabric(flags)
@@ -40,5 +41,7 @@ def start_experiment(flags: Any, script: str) -> Run:
     folder = Path(fabric.broadcast(str(folder)))
     fabric.seed_everything(flags.seed, verbose=False)
     run = Run(fabric, flags, script, folder, lifeline)
+    if flags.resume:
+        run.take_folder()
     run.say(f"{script}: {why}")
     return run
