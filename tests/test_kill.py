@@ -6,6 +6,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,3 +153,30 @@ def test_c4_resume_of_a_run_that_has_ended_changes_nothing(lab, tmp_path):
     shutil.rmtree(folder / "final")
     assert in_child(lab.world.run("ppo", folder, resume=True), folder).status == 0
     assert differences(whole, folder) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what ends with its parent is Linux's")
+def test_tokenising_processes_end_with_a_preparation_that_is_killed():
+    code = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from rlhf.data.encode import _start_worker
+with ProcessPoolExecutor(2, initializer=_start_worker, initargs=(None, os.getpid())) as pool:
+    print(*{pool.submit(os.getpid).result() for _ in range(4)}, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert workers
+        parent.kill()
+    until = time.monotonic() + 20
+    while left := [pid for pid in workers if _runs(pid)]:
+        assert time.monotonic() < until, f"{left} still run"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,6 +29,7 @@ BOUNDARY_SAMPLE = 1000
 """Rows of each source whose prompt and response are also tokenised in one piece, to count those that differ."""
 
 CUT_PROMPT, CUT_RESPONSE = 1, 2
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent dies
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ def encode_all(encoder: RowEncoder, chunks: Iterable[Chunk], num_workers: int) -
     first_row = 0
     with (
         _without_tokenizer_threads(),
-        ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(encoder,)) as pool,
+        ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(encoder, os.getpid())) as pool,
     ):
         try:
             for chunk in chunks:
@@ -274,9 +277,13 @@ def encode_all(encoder: RowEncoder, chunks: Iterable[Chunk], num_workers: int) -
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(encoder: RowEncoder) -> None:
+def _start_worker(encoder: RowEncoder, parent: int) -> None:
     global _worker_encoder
     _worker_encoder = encoder
+    if sys.platform == "linux":  # elsewhere a worker whose parent was killed stays
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _encode_in_worker(chunk: Chunk, first_row: int) -> Encoded:
