@@ -478,7 +478,7 @@ def assert_noticed(mutants: list[Mutant], parent: Path, preload: tuple[str, ...]
 def _copy(folder: Path, tests: tuple[str, ...]) -> Path:
     # A copy of all that the tests need, and the list of those to run in it.
     folder.mkdir()
-    for name in ("rlhf", "tests"):
+    for name in ("rlhf", "tests", "data_prep"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "nodes.json").write_text(json.dumps(tests), encoding="utf-8")

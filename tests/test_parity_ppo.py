@@ -124,7 +124,7 @@ def train_here(flags: dict[str, Any], responses: list[list[list[int]]], monkeypa
     def note_policy_loss(args, losses):
         new, old = args[0].detach(), args[1]
         ratio = (new - old).exp().mean().item()
-        ours.steps.append({"tokens": len(new), "pg_loss": losses.mean().item(), "ratio": ratio})
+        ours.steps[-1].update(tokens=len(new), pg_loss=losses.mean().item(), ratio=ratio)
 
     monkeypatch.setattr(experience, "generate", generate)
     watch(rlhf_ppo, "gae", note_gae)
@@ -132,7 +132,7 @@ def train_here(flags: dict[str, Any], responses: list[list[list[int]]], monkeypa
     watch(rlhf_ppo, "ppo_policy_loss", note_policy_loss)
     watch(rlhf_ppo, "kl_k2", lambda _, x: ours.steps[-1].update(approxkl=x.mean().item()))
     watch(rlhf_ppo, "policy_clipped", lambda _, x: ours.steps[-1].update(pg_clipfrac=x.mean().item()))
-    watch(rlhf_ppo, "ppo_value_loss", lambda _, x: ours.steps[-1].update(vf_loss=x.mean().item()))
+    watch(rlhf_ppo, "ppo_value_loss", lambda _, x: ours.steps.append({"vf_loss": x.mean().item()}))  # comes first
     watch(rlhf_ppo, "value_clipped", lambda _, x: ours.steps[-1].update(vf_clipfrac=x.mean().item()))
     rlhf_ppo.main(rlhf_ppo.PPOFlags(**flags))
     lines = (Path(flags["experiment_dir"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -152,7 +152,7 @@ def test_checkpointing_and_lora_take_less(lab, tmp_path, monkeypatch):
     plain, checkpointed, lora, smaller = found
     assert checkpointed.activations < 0.7 * plain.activations
     assert lora.gradients + lora.optimizer < 0.2 * (plain.gradients + plain.optimizer)
-    assert smaller.activations < 0.5 * plain.activations
+    assert smaller.activations < 0.7 * plain.activations
 
 
 def test_a_micro_batch_is_as_large_as_its_parts_say(monkeypatch):
