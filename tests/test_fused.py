@@ -209,10 +209,28 @@ def test_attention_of_trees_shows_what_is_not_finite():
 
 
 def test_without_the_compiler_layers_run_as_torch_operations(monkeypatch):
-    monkeypatch.setattr(fused, "_runtime", lambda: None)
+    monkeypatch.setattr(fused, "_kernels", lambda: None)
     x = drawn(2, 8)
     assert plain.operations(x, torch.ones(8), torch.bfloat16) is plain
     assert not fused.multiplies(torch.float32, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("fault", [ImportError("no numba"), RuntimeError("cannot cache function: no locator")])
+def test_kernels_that_cannot_be_had_are_left_out(monkeypatch, recwarn, fault):
+    """Silently where numba is missing; where it fails, a warning says why and what it costs."""
+
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr("llvmlite.binding.add_symbol", fail)
+    assert fused._kernels.__wrapped__() is None
+    said = [str(warning.message) for warning in recwarn]
+    assert [("no locator" in line and "longer" in line) for line in said] == [True] * isinstance(fault, RuntimeError)
+
+
+def test_torch_on_another_runtime_has_none(monkeypatch):
+    monkeypatch.setattr(fused, "_openmp", lambda: None)
+    assert fused._kernels.__wrapped__() is None
 
 
 @pytest.mark.parametrize(

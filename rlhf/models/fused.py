@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import warnings
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,41 +28,56 @@ _MIN_PARALLEL = 2**15
 
 
 @cache
-def _runtime() -> tuple[ModuleType, Any] | None:
-    """The compiled kernels, and `GOMP_parallel` of the OpenMP runtime that torch runs on; None where one is missing."""
+def _openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP runtime that torch runs on; None where it runs on another."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    package = str(Path(torch.__file__).parent)
+    # Other packages bring their own copies: torch's lies in its folder, or in torch.libs beside it.
+    loaded = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
+    own = sorted(path for path in loaded if path.startswith((f"{package}/", f"{package}.libs/")))
+    return ctypes.CDLL(own[0]) if own else None
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The compiled kernels; None where they cannot be compiled, or could not run on torch's threads."""
+    openmp = _openmp()
+    if openmp is None:
+        return None
     try:
         from llvmlite import binding
 
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-        package = str(Path(torch.__file__).parent)
-        # Other packages bring their own copies: torch's lies in its folder, or in torch.libs beside it.
-        loaded = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
-        library = ctypes.CDLL(next(p for p in sorted(loaded) if p.startswith((f"{package}/", f"{package}.libs/"))))
         for name in ("omp_get_thread_num", "omp_get_num_threads"):
             # The kernels call them under these names, which the linker must know before it loads them.
-            binding.add_symbol(f"rlhf_{name}", ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+            binding.add_symbol(f"rlhf_{name}", ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value)
         from rlhf.models import kernels
-
-        parallel = library.GOMP_parallel
-    except (ImportError, OSError, StopIteration, AttributeError):
+    except ImportError:
         return None
-    parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return kernels, parallel
+    except Exception as error:  # whatever numba and LLVM raise: the same numbers come from torch's operations
+        fault = str(error).strip().splitlines()
+        warnings.warn(
+            f"numba cannot compile the kernels for this processor ({fault[0] if fault else type(error).__name__}); "
+            f"training and sampling take some 20 % longer",
+            stacklevel=2,
+        )
+        return None
+    return kernels
 
 
 def usable(residual: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
     """Whether layers with this residual stream, these products, on this device run through the kernels."""
     kinds = residual == torch.float32 and products == torch.bfloat16 and device.type == "cpu"
-    return kinds and _runtime() is not None
+    return kinds and _kernels() is not None
 
 
-def _run(name: str, rows: int, elements: int, *arguments: Tensor | int | float) -> None:
-    kernels, parallel = _runtime()
-    if not hasattr(kernels, name):
-        kernels = _tiles()
+def _run(kernel: Any, rows: int, elements: int, *arguments: Tensor | int | float) -> None:
     task = (ctypes.c_int64 * (len(arguments) + 1))(rows, *map(_word, arguments))
     threads = torch.get_num_threads() if elements >= _MIN_PARALLEL else 1
-    parallel(getattr(kernels, name).address, task, threads, 0)
+    pointer = ctypes.c_void_p
+    _openmp().GOMP_parallel(pointer(kernel.address), pointer(ctypes.addressof(task)), threads, 0)
 
 
 def _word(argument: Tensor | int | float) -> int:
@@ -74,7 +90,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(T, H) bfloat16: the root-mean-square norm of a float32 (T, H) times its weight."""
     x, (rows, width) = x.contiguous(), x.shape
     out = x.new_empty(rows, width, dtype=torch.bfloat16)
-    _run("normed", rows, x.numel(), x, weight, width, eps, out)
+    _run(_kernels().normed, rows, x.numel(), x, weight, width, eps, out)
     return out
 
 
@@ -82,7 +98,7 @@ def added_and_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[
     """(T, H) float32 x + y, with y bfloat16, and its norm as in `normed`."""
     x, y, (rows, width) = x.contiguous(), y.contiguous(), x.shape
     total, out = torch.empty_like(x), torch.empty_like(y)
-    _run("added_and_normed", rows, x.numel(), x, y, weight, width, eps, total, out)
+    _run(_kernels().added_and_normed, rows, x.numel(), x, y, weight, width, eps, total, out)
     return total, out
 
 
@@ -95,7 +111,7 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual:
     (rows, width), threads = x.shape, torch.get_num_threads()
     grad, x, residual = grad.contiguous(), x.contiguous(), residual.contiguous()
     out, weights = torch.empty_like(x), x.new_zeros(threads, width)
-    _run("norm_backward", rows, x.numel(), grad, x, weight, width, eps, residual, out, weights)
+    _run(_kernels().norm_backward, rows, x.numel(), grad, x, weight, width, eps, residual, out, weights)
     return out, weights.sum(0)
 
 
@@ -103,7 +119,7 @@ def gated(gate_up: Tensor) -> Tensor:
     """(T, F) silu(gate) * up of bfloat16 (T, 2 F)."""
     gate_up, (rows, double) = gate_up.contiguous(), gate_up.shape
     out = gate_up.new_empty(rows, double // 2)
-    _run("gated", rows, gate_up.numel(), gate_up, double // 2, out)
+    _run(_kernels().gated, rows, gate_up.numel(), gate_up, double // 2, out)
     return out
 
 
@@ -111,7 +127,7 @@ def gated_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """(T, 2 F) gradient of `gated`'s input from that of its output, bfloat16."""
     (rows, width), grad = grad.shape, grad.contiguous()
     out = torch.empty_like(gate_up)
-    _run("gated_backward", rows, gate_up.numel(), gate_up, grad, width, out)
+    _run(_kernels().gated_backward, rows, gate_up.numel(), gate_up, grad, width, out)
     return out
 
 
@@ -130,7 +146,9 @@ def rotated(packed: Tensor, turn: Turn, kv_heads: int, scaling: float) -> tuple[
     heads, (cos, sin) = all_heads - 2 * kv_heads, (part.contiguous() for part in turn)
     q = packed.new_empty(kv_heads, rows, heads // kv_heads, size)
     k, v = packed.new_empty(kv_heads, rows, size), packed.new_empty(kv_heads, rows, size)
-    _run("rotated", rows, packed.numel(), packed.contiguous(), cos, sin, heads, kv_heads, size, scaling, q, k, v)
+    _run(
+        _kernels().rotated, rows, packed.numel(), packed.contiguous(), cos, sin, heads, kv_heads, size, scaling, q, k, v
+    )
     return q, k, v
 
 
@@ -140,7 +158,7 @@ def rotated_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, turn: Turn,
     heads, (cos, sin) = kv_heads * group, (part.contiguous() for part in turn)
     out = grad_q.new_empty(rows, heads + 2 * kv_heads, size)
     of = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
-    _run("rotated_backward", rows, out.numel(), *of, cos, sin, heads, kv_heads, size, scaling, out)
+    _run(_kernels().rotated_backward, rows, out.numel(), *of, cos, sin, heads, kv_heads, size, scaling, out)
     return out
 
 
@@ -164,7 +182,7 @@ def decoded(
     scratch = torch.empty(threads, room + 2 * size)
     sizes = num, kv_heads, group, size
     _run(
-        "decoded",
+        _kernels().decoded,
         num * kv_heads,
         num * kv_heads * length * size,
         *sizes,
@@ -213,7 +231,7 @@ def packed_tiles(matrix: Tensor) -> Tensor:
     """
     outputs, inputs = matrix.shape
     out = matrix.new_empty(outputs, inputs, dtype=torch.bfloat16)
-    _run("packed_tiles", outputs // 16, matrix.numel(), matrix.contiguous(), inputs, out)
+    _run(_tiles().packed_tiles, outputs // 16, matrix.numel(), matrix.contiguous(), inputs, out)
     return out
 
 
@@ -228,7 +246,7 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     # Of each thread: x in groups of 8 rows, and the sums of 8 rows and 32 columns.
     scratch = torch.empty(torch.get_num_threads() * (-(-rows // 8) * inputs * 4 + 256))
     given = rows, inputs, x.contiguous(), packed, 0 if bias is None else bias, out, scratch
-    _run("product", outputs // COLUMNS, outputs * inputs, *given)
+    _run(_tiles().product, outputs // COLUMNS, outputs * inputs, *given)
     return out
 
 
@@ -253,7 +271,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, T
     words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys // 16
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     given = *_places(forest), num, kv_heads, group, size, q, k, v, out, normalisers, scratch, words
-    _run("attended", forest.num_trees * kv_heads, q.numel() * keys, *given)
+    _run(_tiles().attended, forest.num_trees * kv_heads, q.numel() * keys, *given)
     return out, normalisers
 
 
@@ -276,7 +294,7 @@ def attended_backward(
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     operands = q, k, v, out, normalisers, grad.contiguous(), grad_q, grad_k, grad_v
     given = *_places(forest), num, kv_heads, group, size, *operands, scratch, words
-    _run("attended_backward", forest.num_trees * kv_heads, q.numel() * keys, *given)
+    _run(_tiles().attended_backward, forest.num_trees * kv_heads, q.numel() * keys, *given)
     return grad_q, grad_k, grad_v
 
 
