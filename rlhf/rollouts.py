@@ -221,8 +221,8 @@ class _Decoder:
         device = self.device
         forest = Forest([Tree.of(prompt) for prompt in prompts]).to(device)
         prefill = KeepingAttention(forest)
-        states = forest_states(self.model, forest, keeping=prefill)
-        states = states[forest.branch_last].repeat_interleave(num_samples, 0)
+        states = forest_states(self.model, forest, keeping=prefill, at=forest.branch_last)
+        states = states.repeat_interleave(num_samples, 0)
         lengths = [len(prompt) for prompt in prompts]
         cache = _Decode(prefill, lengths, num_samples)
         del prefill

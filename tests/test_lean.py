@@ -113,6 +113,24 @@ def test_gradients_are_those_of_the_models_own_layers(architecture, frozen):
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
 
 
+@pytest.mark.parametrize("at", [(38,), (3, 3, 20, 0, 36), ()], ids=str)
+@pytest.mark.parametrize("architecture", LEAN)
+def test_states_of_some_tokens_are_those_among_all(architecture, at):
+    """In any order, some of them twice; the last layer computes no more than it must."""
+    model, packed, at = ready(architecture), forest(), torch.tensor(at, dtype=torch.long).clamp(max=36)
+    weights = torch.randn(len(at), model.config.hidden_size, generator=torch.Generator().manual_seed(5))
+    whole = forest_states(model, packed)[at]
+    expected = gradients(model, whole, weights)
+    some = forest_states(model, packed, at=at)
+    torch.testing.assert_close(some, whole, rtol=0, atol=1e-6)
+    found = gradients(model, some, weights)
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(
+            grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item() + 1e-9
+        )
+
+
 @pytest.mark.parametrize("architecture", LEAN)
 def test_gradients_under_autocast_are_as_near_to_float32_as_the_models_own(architecture):
     model, packed = ready(architecture), forest()

@@ -66,18 +66,24 @@ def packed_states(
 
 
 def forest_states(
-    model: PreTrainedModel | PeftModel, forest: Forest, *, keeping: KeepingAttention | None = None
+    model: PreTrainedModel | PeftModel,
+    forest: Forest,
+    *,
+    keeping: KeepingAttention | None = None,
+    at: Tensor | None = None,
 ) -> Tensor:
     """(T, H) last hidden states of the packed tokens: on a CPU in few operations, where the architecture is known.
 
     Args:
         keeping: takes every layer's keys and values.
+        at: (N,) packed positions whose states are asked for, (N, H); all of them unless given.
     """
     trunk = trunk_of(model)
     drops = trunk.training and getattr(trunk.config, "attention_dropout", 0.0)
     if forest.input_ids.device.type == "cpu" and not drops and is_lean(trunk):
-        return trained_states(trunk, forest, keep=None if keeping is None else keeping.keep)
-    return packed_states(model, forest, plan=keeping)[0]
+        return trained_states(trunk, forest, keep=None if keeping is None else keeping.keep, at=at)
+    states, _ = packed_states(model, forest, plan=keeping)
+    return states if at is None else states[at]
 
 
 @torch.no_grad()

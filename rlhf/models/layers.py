@@ -62,9 +62,9 @@ class Kept(NamedTuple):
 
     Attributes:
         packed: (T, heads + 2 kv_heads, D) projections before norms and rotation; None without norms of heads.
-        attended: (T, heads * E), the output projection's input.
-        middle: (T, H) residual stream between attention and gated layer.
-        gate_up: (T, 2 F).
+        attended: (R, heads * E), the output projection's input, of the tokens that are asked for (all of them: R = T).
+        middle: (R, H) residual stream between attention and gated layer.
+        gate_up: (R, 2 F).
     """
 
     packed: Tensor | None
@@ -93,12 +93,18 @@ class Layer:
         """What runs between the matrix products over this residual stream."""
         return operations(x, self.norm.weight, self.inputs.dtype)
 
-    def __call__(self, x: Tensor, attend: Attend) -> tuple[Tensor, Kept]:
-        """(T, H) residual stream to that after the layer, without autocast and without a graph."""
+    def __call__(self, x: Tensor, attend: Attend, rows: Tensor | None = None) -> tuple[Tensor, Kept]:
+        """(T, H) residual stream to that after the layer, without autocast and without a graph.
+
+        Args:
+            rows: (R,) tokens whose stream is asked for; what comes after attention is computed for them alone.
+        """
         between, norm, middle_norm = self.operations(x), self.norm, self.middle_norm
         states = between.normed(x, norm.weight, norm.variance_epsilon)
         packed = self.inputs(states).view(len(x), self.heads + 2 * self.kv_heads, -1)
         attended = attend(packed)
+        if rows is not None:
+            x, attended = x[rows], attended[rows]
         output = self.output(attended)
         middle, states = between.added_and_normed(x, output, middle_norm.weight, middle_norm.variance_epsilon)
         gate_up = self.gate_up(states)

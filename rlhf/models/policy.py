@@ -91,19 +91,21 @@ class Policy(_Role):
                     other = self._padded_logps(beside, **options)
                 return _joined(found, other)
             if beside is None:
-                return self._head_logps(forest_states(self.model, forest), forest, **options)
+                states = forest_states(self.model, forest, at=forest.target_predecessor)
+                return self._head_logps(states, forest, **options)
             kept = KeepingAttention(forest)
             states = forest_states(self.model, forest, keeping=kept)
-            found = self._head_logps(states, forest, **options)
+            found = self._head_logps(states[forest.target_predecessor], forest, **options)
             with torch.no_grad():
                 states = states_beside(self.model, beside, forest, states, kept)
                 kept.release()
-                other = self._head_logps(states, beside, **options)
+                other = self._head_logps(states[beside.target_predecessor], beside, **options)
             return _joined(found, other)
 
     def _head_logps(self, states: Tensor, forest: Forest, **options) -> tuple[Tensor, Tensor | None]:
+        """Of the targets, from the (R, H) states that predict them."""
         targets = forest.input_ids[forest.target_index]
-        return head_logps(self.model, states[forest.target_predecessor], targets, **options)
+        return head_logps(self.model, states, targets, **options)
 
     def _padded_logps(self, forest: Forest, *, temperature: float, **wanted) -> tuple[Tensor, Tensor | None]:
         hf, at = unwrapped(self.model), forest.target_predecessor
@@ -189,7 +191,7 @@ class Scorer(_Role):
         """Scores at packed positions `at` (N,) of the forest: (N,) float32."""
         with using_adapter(self.model, self.adapter):
             if self.uses_trees:
-                states = forest_states(self.model, forest)[at]
+                states = forest_states(self.model, forest, at=at)
             else:
                 trunk = trunk_of(self.model)
                 row, column = place_in_rows(forest)

@@ -28,22 +28,26 @@ Keep = Callable[[nn.Module, Tensor, Tensor], None]
 """Takes an attention layer, and its keys and values, (kv_heads, T, D) each."""
 
 
-def trained_states(trunk: nn.Module, forest: Forest, *, keep: Keep | None = None) -> Tensor:
-    """(T, H) last hidden states of a forest's tokens, by tree attention.
+def trained_states(trunk: nn.Module, forest: Forest, *, keep: Keep | None = None, at: Tensor | None = None) -> Tensor:
+    """(T, H) last hidden states of a forest's tokens, by tree attention; (N, H) where some are asked for.
 
     Args:
         trunk: one that `layers.is_lean`, on a CPU, its attention without dropout.
         keep: called with the keys and values of every layer.
+        at: (N,) packed positions. The last layer then computes the others' keys and values and nothing more.
     """
+    read, place = (None, None) if at is None else torch.unique(at, return_inverse=True)
     x = trunk.embed_tokens(forest.input_ids)
     turn = turn_of(trunk, x, forest.positions)
     dtype = product_dtype(trunk)
     recompute = trunk.training and getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()
     for layer in trunk.layers:
-        run = partial(_DecoderLayer.apply, *turn, forest, layer, trunk.config, dtype, keep)
+        rows = read if layer is trunk.layers[-1] else None
+        run = partial(_DecoderLayer.apply, *turn, forest, layer, trunk.config, dtype, keep, rows)
         parameters = _parameters(layer)
         x = checkpoint(run, x, *parameters, use_reentrant=False) if recompute else run(x, *parameters)
-    return trunk.norm(x)
+    x = trunk.norm(x)
+    return x if place is None else x[place]
 
 
 def _parameters(layer: nn.Module) -> list[nn.Parameter]:
@@ -94,7 +98,7 @@ def _attention_of(forest: Forest, window: int | None, x: Tensor, q: Tensor) -> _
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cos, sin, forest, module, config, dtype, keep, x, *parameters):
+    def forward(ctx, cos, sin, forest, module, config, dtype, keep, rows, x, *parameters):
         keeps = any(ctx.needs_input_grad)
         attention, operands = None, []
 
@@ -110,9 +114,9 @@ class _DecoderLayer(torch.autograd.Function):
 
         with torch.autocast(x.device.type, enabled=False):
             layer = Layer(module, config, lambda linears: LeanLinear(linears, dtype))
-            out, kept = layer(x, attend)
+            out, kept = layer(x, attend, rows)
         if keeps:
-            ctx.layer, ctx.attention = layer, attention
+            ctx.layer, ctx.attention, ctx.rows = layer, attention, rows
             ctx.save_for_backward(cos, sin, x, *kept, *operands)
         return out
 
@@ -122,10 +126,10 @@ class _DecoderLayer(torch.autograd.Function):
         layer, kept, operands = ctx.layer, Kept(*saved[:4]), saved[4:]
         grad_middle, down, gates, middle_norm = _gated_backward(layer, grad, kept)
         grad_x, output, inputs, norm, head_norms = _attention_backward(
-            layer, grad_middle, x, kept, (cos, sin), operands, ctx.attention
+            layer, grad_middle, x, kept, (cos, sin), operands, ctx.attention, ctx.rows
         )
         groups = [*inputs, *output, *gates, *down, norm, middle_norm, *head_norms]
-        return *(None,) * 7, grad_x, *(part.to(x.dtype) for part in groups)
+        return *(None,) * 8, grad_x, *(part.to(x.dtype) for part in groups)
 
 
 def _gated_backward(layer: Layer, grad: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
@@ -140,11 +144,13 @@ def _gated_backward(layer: Layer, grad: Tensor, kept: Kept) -> tuple[Tensor, lis
     return grad_middle, down, gates, norm
 
 
-def _attention_backward(layer, grad, x, kept, turn, operands, attention):
+def _attention_backward(layer, grad, x, kept, turn, operands, attention, rows):
     """Through the first half: gradients of its input, of the linear layers, of the norm and of the heads' norms."""
     between, weight, eps = layer.operations(x), layer.norm.weight, layer.norm.variance_epsilon
     q, out = operands[0], operands[3]
     grad_out, *output = _through(layer.output, grad.to(q.dtype), kept.attended)
+    if rows is not None:
+        grad, grad_out = _placed(grad, rows, len(x)), _placed(grad_out, rows, len(x))
     grads = attention.backward(grad_out.view(out.shape), *operands)
     if layer.head_norms is None:
         grad_packed, head_norms = between.rotated_backward(*grads, turn, layer.scaling), []
@@ -166,6 +172,13 @@ def _head_norms_backward(layer: Layer, grad: Tensor, packed: Tensor, turn: Turn)
         part.copy_(grad_part)
         norms.append(grad_norm)
     return grad, norms
+
+
+def _placed(part: Tensor, rows: Tensor, num: int) -> Tensor:
+    """(num, H), zero but for these rows."""
+    whole = part.new_zeros(num, part.shape[1])
+    whole[rows] = part
+    return whole
 
 
 def _through(linear: LeanLinear, grad: Tensor, x: Tensor) -> list[Tensor]:
