@@ -48,7 +48,7 @@ as_float = bitcast(types.uint32, types.float32, ir.FloatType())
 as_bits = bitcast(types.float32, types.uint32, ir.IntType(32))
 as_double = bitcast(types.int64, types.float64, ir.DoubleType())
 floats_at, halves_at = address_of(types.float32), address_of(types.uint16)
-words_at, ints_at = address_of(types.uint32), address_of(types.int64)
+words_at, numbers_at, ints_at = address_of(types.uint32), address_of(types.int32), address_of(types.int64)
 
 
 @njit(**OPTIONS)

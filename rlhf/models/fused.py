@@ -268,7 +268,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, T
     kv_heads, num, group, size = q.shape
     out, normalisers = q.new_empty(num, kv_heads, group, size), q.new_empty(q.shape[:3], dtype=torch.float32)
     keys = -(-_longest(forest) // 32) * 32
-    words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys // 16
+    words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys + keys // 32
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     given = *_places(forest), num, kv_heads, group, size, q, k, v, out, normalisers, scratch, words
     _run(_tiles().attended, forest.num_trees * kv_heads, q.numel() * keys, *given)
@@ -289,7 +289,8 @@ def attended_backward(
         + size * 8
         + keys * 4
         + 512
-        + keys // 16
+        + keys
+        + keys // 32
     )
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     operands = q, k, v, out, normalisers, grad.contiguous(), grad_q, grad_k, grad_v

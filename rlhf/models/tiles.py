@@ -27,6 +27,7 @@ from rlhf.models.compiled import (
     halves,
     ints_at,
     narrow,
+    numbers_at,
     thread,
     threads,
     wide,
@@ -194,26 +195,27 @@ def _pairs_of_rows(source, base, group, jump, count, to):
 
 
 @njit(**OPTIONS)
-def _seen_by_all(ends, start, count, closed):
-    """Of each 32 keys of a tree, the first token after them that does not see one of them: (blocks,) in `closed`."""
+def _ends_within(ends, start, count, until, closed):
+    """Where the subtrees of a tree's keys end, counted from its start, 0 after the last key: (blocks * 32,) in `until`;
+    the least of each 32 keys that are there: (blocks,) in `closed`."""
     for c in range(len(closed)):
-        closed[c] = ends[start + min(c * 32, count - 1)]
-        for j in range(c * 32, min(c * 32 + 32, count)):
-            closed[c] = min(closed[c], ends[start + j])
+        closed[c] = count
+        for j in range(c * 32, c * 32 + 32):
+            until[j] = ends[start + j] - start if j < count else 0
+            if j < count:
+                closed[c] = min(closed[c], until[j])
 
 
 @njit(**OPTIONS)
-def _masked(scores, ends, start, count, first, rows, group, c, closed):
+def _masked(scores, until, closed, first, rows, group, c):
     """Hide from 8 queries, of which `rows` count, what they do not see of the 32 keys of block c: (8, 32) floats."""
-    last = (first + rows - 1) // group
-    if rows == ROWS and c * 32 + 31 <= first // group and start + last < closed[c]:
+    if rows == ROWS and c * 32 + 31 <= first // group and (first + rows - 1) // group < closed[c]:
         return
     for m in range(ROWS):
-        t = (first + m) // group if m < rows else -1
+        t = np.int32((first + m) // group if m < rows else -1)
         for j in range(32):
-            key = c * 32 + j
-            seen = key <= t and start + t < ends[start + min(key, count - 1)]
-            scores[m, j] = scores[m, j] if seen else F32(-math.inf)
+            key = np.int32(c * 32 + j)
+            scores[m, j] = scores[m, j] if (key <= t) & (t < until[key]) else F32(-math.inf)
 
 
 @njit(**OPTIONS)
@@ -252,11 +254,14 @@ def attended(task):
         key_bytes = blocks * 64 * size
         at_values, at_x = scratch + key_bytes, scratch + 2 * key_bytes
         at_weights, at_sums = at_x + size * 16, at_x + size * 16 + blocks * 512
-        at_scores, at_closed = at_sums + 1024, at_sums + 1024 + blocks * 1024
+        at_scores, at_until = at_sums + 1024, at_sums + 1024 + blocks * 1024
         _rows_as_columns(k, of_k, 1, 1, count, carray(words_at(scratch), (2 * blocks, size // 2, TILE)))
         _pairs_of_rows(v, of_k, 1, 1, count, carray(words_at(at_values), (size // TILE, blocks * 16, TILE)))
-        closed = carray(ints_at(at_closed), (blocks,))
-        _seen_by_all(ends, start, count, closed)
+        until, closed = (
+            carray(numbers_at(at_until), (blocks * 32,)),
+            carray(numbers_at(at_until + blocks * 128), (blocks,)),
+        )
+        _ends_within(ends, start, count, until, closed)
         x, weights = carray(words_at(at_x), (size // 2, ROWS)), carray(words_at(at_weights), (blocks * 16, ROWS))
         sums, scores = floats(at_sums, ROWS, 32), carray(floats_at(at_scores), (blocks, ROWS, 32))
         for first in range(0, queries, ROWS):
@@ -266,7 +271,7 @@ def attended(task):
             for c in range(seen):
                 here = scratch + c * 64 * size
                 tile_product(at_x, here, 32 * size, here, size // 2, at_scores + c * 1024)
-                _masked(scores[c], ends, start, count, first, rows, group, c, closed)
+                _masked(scores[c], until, closed, first, rows, group, c)
             for m in range(rows):
                 top, total = F32(-math.inf), ZERO
                 for c in range(seen):
@@ -329,8 +334,12 @@ def attended_backward(task):
         at_s, at_x = at_p + square_bytes, at_p + 2 * square_bytes
         at_y, at_row = at_x + size * 16, at_x + size * 32
         at_sums, at_others = at_row + keys * 16, at_row + keys * 16 + 1024
-        closed = carray(ints_at(at_others + 1024), (blocks,))
-        _seen_by_all(ends, start, count, closed)
+        at_until = at_others + 1024
+        until, closed = (
+            carray(numbers_at(at_until), (blocks * 32,)),
+            carray(numbers_at(at_until + blocks * 128), (blocks,)),
+        )
+        _ends_within(ends, start, count, until, closed)
         tiles = 2 * blocks, pairs, TILE
         _rows_as_columns(k_words, of_k, 1, 1, count, carray(words_at(at_k), tiles))
         _rows_as_columns(v_words, of_k, 1, 1, count, carray(words_at(at_v), tiles))
@@ -361,7 +370,7 @@ def attended_backward(task):
                 here = c * 64 * size
                 tile_product(at_x, at_k + here, 32 * size, at_k + here, pairs, at_sums)
                 tile_product(at_y, at_v + here, 32 * size, at_v + here, pairs, at_others)
-                _masked(sums, ends, start, count, first, rows, group, c, closed)
+                _masked(sums, until, closed, first, rows, group, c)
                 for m in range(ROWS):
                     normaliser, offset = normalisers[of_q + min(first + m, queries - 1)], offsets[m]
                     for j in range(32):
