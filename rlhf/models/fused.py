@@ -215,6 +215,8 @@ def multiplies(weights: torch.dtype, products: torch.dtype, device: torch.device
 @cache
 def _tiles() -> ModuleType | None:
     """The kernels made of that instruction; None where the processor lacks it."""
+    if _kernels() is None:
+        return None
     from llvmlite import binding
 
     if not binding.get_host_cpu_features().get("avx512bf16", False):
