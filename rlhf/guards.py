@@ -139,7 +139,8 @@ class Guards:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seen, self._evaluated = copy.deepcopy(state["seen"]), copy.deepcopy(state["evaluated"])
         self._good = state["good"]
-        self._spare()
+        # Its own step: none fired, and it is one of those that are counted.
+        self.run.checkpoints.spared = self._good if self._good < self.run.step_index else None
 
     def watch(self, step: Step, experiences: Sequence[Experience]) -> None:
         """Look at a rollout, before anything is learnt from it, and log what is seen.
@@ -228,7 +229,7 @@ class Guards:
         """Count in `fired` how often each guard has fired in a row; warn of those that begin to, and end the run."""
         for name in looked_at:
             fired[name] = fired.get(name, 0) + 1 if name in faults else 0
-        self._spare()
+        self.run.checkpoints.spared = self._good if self.firing else None
         beginning = [text for name, text in faults.items() if fired[name] == 1]
         if beginning:
             good = self.run.checkpoints.of(self._good)
@@ -243,10 +244,6 @@ class Guards:
                 f"in a row; the policy collapses or exploits its reward: {self._way_back()}, lower the learning rate, "
                 f"raise the KL's weight or mend the reward, or go on with --resume=True --on_collapse=warn"
             )
-
-    def _spare(self) -> None:
-        """Keep the last good checkpoint as long as a guard fires; otherwise it is one of those that are counted."""
-        self.run.checkpoints.spared = self._good if self.firing else None
 
     def _way_back(self) -> str:
         """Where the weights from before are."""
