@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from rlhf.masked import widest
-from rlhf.models import fused
 from rlhf.models.attention import KeepingAttention, attending
+from rlhf.models.decode import Cache, cache_of
 from rlhf.models.forward import forest_states, trunk_of, unwrapped, using_adapter
 from rlhf.models.lean import LeanTrunk
 from rlhf.models.policy import Policy, logit_scale, logit_softcap
@@ -26,8 +26,6 @@ from rlhf.trees.forest import Forest, Tree
 
 COMPACT_AT = 0.25
 """Share of ended rows at which the rest is copied together."""
-GROWTH = 64
-"""Columns by which the buffers of keys and values grow."""
 BLOCK = 256
 """Tokens of the vocabulary that sampling sums up before it looks at one."""
 LIKELIEST = 1024
@@ -126,86 +124,6 @@ def generate(
     return Samples(response_ids, token_logps, ended)
 
 
-class _Decode:
-    """One new token a row against buffers of keys and values, right-aligned so that all rows write one column.
-
-    Buffers are (rows * kv_heads, columns, D), read whole: the columns that hold nothing yet are masked, since a part
-    of a buffer would be copied before every product. Row b's tokens stand in columns starts[b] .. length - 1.
-    """
-
-    def __init__(self, prefill: KeepingAttention, lengths: list[int], num_samples: int) -> None:
-        self.length = max(lengths)
-        device = prefill.forest.input_ids.device
-        self.starts = torch.tensor([self.length - n for n in lengths for _ in range(num_samples)], device=device)
-        self.room = self.length + GROWTH
-        self.buffers = {
-            layer: [self._laid_out(x, lengths, num_samples) for x in pair] for layer, pair in prefill.layers.items()
-        }
-        self.masks: dict[int | None, Tensor] = {}
-
-    def _laid_out(self, x: Tensor, lengths: list[int], num_samples: int) -> Tensor:
-        buffer = x.new_zeros(len(lengths), num_samples, x.shape[0], self.room, x.shape[2])
-        for b, part in enumerate(x.split(lengths, dim=1)):
-            buffer[b, :, :, self.length - lengths[b] : self.length] = part
-        return buffer.flatten(0, 2)
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(rows, 1, columns) additive mask of this step."""
-        if window not in self.masks:
-            columns = torch.arange(self.room, device=self.starts.device)
-            first = self.starts if window is None else self.starts.clamp(min=self.length - window)
-            hidden = (columns < first[:, None]) | (columns >= self.length)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None]
-        return self.masks[window]
-
-    def advance(self) -> None:
-        """Open one more column, with new room where there is none."""
-        self.length += 1
-        self.masks.clear()
-        if self.length > self.room:
-            self.room += GROWTH
-            for pair in self.buffers.values():
-                pair[:] = [F.pad(buffer, (0, 0, 0, GROWTH)) for buffer in pair]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        num = len(self.starts)
-        self.starts = self.starts[rows]
-        self.masks.clear()
-        for pair in self.buffers.values():
-            pair[:] = [buffer.unflatten(0, (num, -1))[rows].flatten(0, 1) for buffer in pair]
-
-    def __call__(self, layer, query, key, value, *, scaling, dropout, window, softcap) -> Tensor:
-        """Attention of a model's own layer: (B, heads, 1, D) queries, (B, kv_heads, 1, D) keys and values."""
-        b, heads, _, d = query.shape
-        # The query heads of one key head are the rows of one product: nothing is repeated.
-        scaled = query.reshape(b, key.shape[1], -1, d) * (d**-0.5 if scaling is None else scaling)
-        out = self._attended(layer, scaled, key.squeeze(2), value.squeeze(2), window, softcap)
-        return out.view(b, 1, heads, -1)
-
-    def decode(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Attention of a lean layer: see `rlhf.models.lean.Decode`."""
-        if fused.usable(torch.float32, q.dtype, q.device):
-            keys, values = self.buffers[id(layer)]
-            return fused.decoded(q, k, v, keys, values, self.starts, self.length, window)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return self._attended(layer, q, k, v, window, None).flatten(1)
-
-    def _attended(
-        self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None
-    ) -> Tensor:
-        """(B, kv_heads, group, E) from scaled queries (B, kv_heads, group, D), keys and values (B, kv_heads, ..)."""
-        keys, values = self.buffers[id(layer)]
-        keys[:, self.length - 1] = key.flatten(0, 1)
-        values[:, self.length - 1] = value.flatten(0, 1)
-        scores = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2))
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        scores.view(len(query), -1, self.room).add_(self._mask(window, query.dtype))
-        return torch.bmm(scores.softmax(-1), values).view(*query.shape[:3], -1)
-
-
 class _Decoder:
     """The sampling loop on tree attention, over a lean trunk where the architecture has one."""
 
@@ -224,7 +142,7 @@ class _Decoder:
         states = forest_states(self.model, forest, keeping=prefill, at=forest.branch_last)
         states = states.repeat_interleave(num_samples, 0)
         lengths = [len(prompt) for prompt in prompts]
-        cache = _Decode(prefill, lengths, num_samples)
+        cache = cache_of(prefill, lengths, num_samples, lean=isinstance(self.trunk, LeanTrunk))
         del prefill
         depth = torch.tensor(lengths, device=device).repeat_interleave(num_samples)
         noise = _noise(sampling, sample_ids, device)
@@ -278,7 +196,7 @@ class _PlainTrunk:
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk = trunk
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, cache: _Decode) -> Tensor:
+    def __call__(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         given = {"input_ids": input_ids[:, None], "position_ids": positions[:, None]}
         with attending(cache):
             return self.trunk(**given, use_cache=False, return_dict=True).last_hidden_state[:, 0]

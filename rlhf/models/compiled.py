@@ -1,7 +1,7 @@
 """What the kernels of `rlhf/models/kernels.py` are written with: tasks, arrays at addresses, bfloat16, exp.
 
 A kernel takes the address of a task, 64-bit integers: the number of rows, then the arguments that its docstring lists
-and `rlhf/models/fused.py` gives (addresses, sizes, the bits of a float64); it does its thread's share of the rows.
+and `rlhf/models/runtime.py` gives (addresses, sizes, the bits of a float64); it does its thread's share of the rows.
 bfloat16 tensors are arrays of their bits (uint16); sums and exponentials are float32.
 """
 
@@ -23,6 +23,20 @@ F32, ONE, HALF, ZERO = np.float32, np.float32(1), np.float32(0.5), np.float32(0)
 
 thread = ExternalFunction("rlhf_omp_get_thread_num", types.int32())
 threads = ExternalFunction("rlhf_omp_get_num_threads", types.int32())
+barrier = ExternalFunction("rlhf_GOMP_barrier", types.void())
+
+
+@intrinsic
+def call(_, kernel, task):
+    """Call the kernel at an address with the task at another."""
+
+    def emit(context, builder, signature, args):
+        word = ir.IntType(64).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [word])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [builder.inttoptr(args[1], word)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
 
 
 def bitcast(source, target, llvm):

@@ -1,96 +1,34 @@
-"""The kernels of `rlhf/models/kernels.py` as functions of tensors, run on torch's own OpenMP threads.
+"""The kernels of `rlhf/models/kernels.py` and of tiles as functions of tensors.
 
 Norms, rotation, gating and their gradients cost little arithmetic and much memory traffic: as torch operations each
 reads and writes whole tensors three to eight times. Here each is one pass, for bfloat16 products beside a float32
-residual stream (`bf16-mixed` on a CPU). Threads of a second pool would wait for the cores that torch's spin on, so the
-runtime that torch brought is called. Where it or numba is missing, `usable` says so and layers run as torch operations.
+residual stream (`bf16-mixed` on a CPU). Where they cannot run (`rlhf/models/runtime.py`), `usable` says so and layers
+run as torch operations.
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
-import warnings
-from functools import cache
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from rlhf.models.runtime import kernels, run, tile_attention, tiles
 from rlhf.trees.forest import Forest
 
 Turn = tuple[Tensor, Tensor]
 """(T, 1, D) cosines of the positions, and sines whose first half is negated."""
-_MIN_PARALLEL = 2**15
-"""Elements below which a second thread costs more than it brings."""
-
-
-@cache
-def _openmp() -> ctypes.CDLL | None:
-    """The GNU OpenMP runtime that torch runs on; None where it runs on another."""
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    package = str(Path(torch.__file__).parent)
-    # Other packages bring their own copies: torch's lies in its folder, or in torch.libs beside it.
-    loaded = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line}
-    own = sorted(path for path in loaded if path.startswith((f"{package}/", f"{package}.libs/")))
-    return ctypes.CDLL(own[0]) if own else None
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    """The compiled kernels; None where they cannot be compiled, or could not run on torch's threads."""
-    openmp = _openmp()
-    if openmp is None:
-        return None
-    try:
-        from llvmlite import binding
-
-        for name in ("omp_get_thread_num", "omp_get_num_threads"):
-            # The kernels call them under these names, which the linker must know before it loads them.
-            binding.add_symbol(f"rlhf_{name}", ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value)
-        from rlhf.models import kernels
-    except ImportError:
-        return None
-    except Exception as error:  # whatever numba and LLVM raise: the same numbers come from torch's operations
-        fault = str(error).strip().splitlines()
-        warnings.warn(
-            f"numba cannot compile the kernels for this processor ({fault[0] if fault else type(error).__name__}); "
-            f"training and sampling take some 20 % longer",
-            stacklevel=2,
-        )
-        return None
-    return kernels
 
 
 def usable(residual: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
     """Whether layers with this residual stream, these products, on this device run through the kernels."""
     kinds = residual == torch.float32 and products == torch.bfloat16 and device.type == "cpu"
-    return kinds and _kernels() is not None
-
-
-def _run(kernel: Any, rows: int, elements: int, *arguments: Tensor | int | float) -> None:
-    task = (ctypes.c_int64 * (len(arguments) + 1))(rows, *map(_word, arguments))
-    threads = torch.get_num_threads() if elements >= _MIN_PARALLEL else 1
-    pointer = ctypes.c_void_p
-    _openmp().GOMP_parallel(pointer(kernel.address), pointer(ctypes.addressof(task)), threads, 0)
-
-
-def _word(argument: Tensor | int | float) -> int:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return argument if isinstance(argument, int) else struct.unpack("<q", struct.pack("<d", argument))[0]
+    return kinds and kernels() is not None
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(T, H) bfloat16: the root-mean-square norm of a float32 (T, H) times its weight."""
     x, (rows, width) = x.contiguous(), x.shape
     out = x.new_empty(rows, width, dtype=torch.bfloat16)
-    _run(_kernels().normed, rows, x.numel(), x, weight, width, eps, out)
+    run(kernels().normed, rows, x.numel(), x, weight, width, eps, out)
     return out
 
 
@@ -98,7 +36,7 @@ def added_and_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[
     """(T, H) float32 x + y, with y bfloat16, and its norm as in `normed`."""
     x, y, (rows, width) = x.contiguous(), y.contiguous(), x.shape
     total, out = torch.empty_like(x), torch.empty_like(y)
-    _run(_kernels().added_and_normed, rows, x.numel(), x, y, weight, width, eps, total, out)
+    run(kernels().added_and_normed, rows, x.numel(), x, y, weight, width, eps, total, out)
     return total, out
 
 
@@ -111,7 +49,7 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual:
     (rows, width), threads = x.shape, torch.get_num_threads()
     grad, x, residual = grad.contiguous(), x.contiguous(), residual.contiguous()
     out, weights = torch.empty_like(x), x.new_zeros(threads, width)
-    _run(_kernels().norm_backward, rows, x.numel(), grad, x, weight, width, eps, residual, out, weights)
+    run(kernels().norm_backward, rows, x.numel(), grad, x, weight, width, eps, residual, out, weights)
     return out, weights.sum(0)
 
 
@@ -119,7 +57,7 @@ def gated(gate_up: Tensor) -> Tensor:
     """(T, F) silu(gate) * up of bfloat16 (T, 2 F)."""
     gate_up, (rows, double) = gate_up.contiguous(), gate_up.shape
     out = gate_up.new_empty(rows, double // 2)
-    _run(_kernels().gated, rows, gate_up.numel(), gate_up, double // 2, out)
+    run(kernels().gated, rows, gate_up.numel(), gate_up, double // 2, out)
     return out
 
 
@@ -127,7 +65,7 @@ def gated_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """(T, 2 F) gradient of `gated`'s input from that of its output, bfloat16."""
     (rows, width), grad = grad.shape, grad.contiguous()
     out = torch.empty_like(gate_up)
-    _run(_kernels().gated_backward, rows, gate_up.numel(), gate_up, grad, width, out)
+    run(kernels().gated_backward, rows, gate_up.numel(), gate_up, grad, width, out)
     return out
 
 
@@ -146,9 +84,7 @@ def rotated(packed: Tensor, turn: Turn, kv_heads: int, scaling: float) -> tuple[
     heads, (cos, sin) = all_heads - 2 * kv_heads, (part.contiguous() for part in turn)
     q = packed.new_empty(kv_heads, rows, heads // kv_heads, size)
     k, v = packed.new_empty(kv_heads, rows, size), packed.new_empty(kv_heads, rows, size)
-    _run(
-        _kernels().rotated, rows, packed.numel(), packed.contiguous(), cos, sin, heads, kv_heads, size, scaling, q, k, v
-    )
+    run(kernels().rotated, rows, packed.numel(), packed.contiguous(), cos, sin, heads, kv_heads, size, scaling, q, k, v)
     return q, k, v
 
 
@@ -158,7 +94,7 @@ def rotated_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, turn: Turn,
     heads, (cos, sin) = kv_heads * group, (part.contiguous() for part in turn)
     out = grad_q.new_empty(rows, heads + 2 * kv_heads, size)
     of = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
-    _run(_kernels().rotated_backward, rows, out.numel(), *of, cos, sin, heads, kv_heads, size, scaling, out)
+    run(kernels().rotated_backward, rows, out.numel(), *of, cos, sin, heads, kv_heads, size, scaling, out)
     return out
 
 
@@ -181,8 +117,8 @@ def decoded(
     out = q.new_empty(num, kv_heads * group * size)
     scratch = torch.empty(threads, room + 2 * size)
     sizes = num, kv_heads, group, size
-    _run(
-        _kernels().decoded,
+    run(
+        kernels().decoded,
         num * kv_heads,
         num * kv_heads * length * size,
         *sizes,
@@ -209,21 +145,7 @@ FEW_ROWS = 32
 
 def multiplies(weights: torch.dtype, products: torch.dtype, device: torch.device) -> bool:
     """Whether `product` serves these weights: the processor has the instruction that it is made of."""
-    return usable(weights, products, device) and _tiles() is not None
-
-
-@cache
-def _tiles() -> ModuleType | None:
-    """The kernels made of that instruction; None where the processor lacks it."""
-    if _kernels() is None:
-        return None
-    from llvmlite import binding
-
-    if not binding.get_host_cpu_features().get("avx512bf16", False):
-        return None
-    from rlhf.models import tiles
-
-    return tiles
+    return usable(weights, products, device) and tiles() is not None
 
 
 def packed_tiles(matrix: Tensor) -> Tensor:
@@ -233,7 +155,7 @@ def packed_tiles(matrix: Tensor) -> Tensor:
     """
     outputs, inputs = matrix.shape
     out = matrix.new_empty(outputs, inputs, dtype=torch.bfloat16)
-    _run(_tiles().packed_tiles, outputs // 16, matrix.numel(), matrix.contiguous(), inputs, out)
+    run(tiles().packed_tiles, outputs // 16, matrix.numel(), matrix.contiguous(), inputs, out)
     return out
 
 
@@ -248,7 +170,7 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     # Of each thread: x in groups of 8 rows, and the sums of 8 rows and 32 columns.
     scratch = torch.empty(torch.get_num_threads() * (-(-rows // 8) * inputs * 4 + 256))
     given = rows, inputs, x.contiguous(), packed, 0 if bias is None else bias, out, scratch
-    _run(_tiles().product, outputs // COLUMNS, outputs * inputs, *given)
+    run(tiles().product, outputs // COLUMNS, outputs * inputs, *given)
     return out
 
 
@@ -273,7 +195,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, T
     words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys + keys // 32
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     given = *_places(forest), num, kv_heads, group, size, q, k, v, out, normalisers, scratch, words
-    _run(_tiles().attended, forest.num_trees * kv_heads, q.numel() * keys, *given)
+    run(tile_attention().attended, forest.num_trees * kv_heads, q.numel() * keys, *given)
     return out, normalisers
 
 
@@ -297,8 +219,51 @@ def attended_backward(
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     operands = q, k, v, out, normalisers, grad.contiguous(), grad_q, grad_k, grad_v
     given = *_places(forest), num, kv_heads, group, size, *operands, scratch, words
-    _run(_tiles().attended_backward, forest.num_trees * kv_heads, q.numel() * keys, *given)
+    run(tile_attention().attended_backward, forest.num_trees * kv_heads, q.numel() * keys, *given)
     return grad_q, grad_k, grad_v
+
+
+KEYS = 32
+"""Tokens of a block of the keys and values that `decoded_in_tiles` reads."""
+
+
+def cached_in_tiles(k: Tensor, v: Tensor, lengths: list[int], num_samples: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompts, laid out for `decoded_in_tiles`: N = prompts x samples sequences.
+
+    Args:
+        k, v: (kv_heads, T, D) bfloat16, the prompts of `lengths` end to end; D a multiple of `COLUMNS`.
+        blocks: room for so many times `KEYS` tokens of each.
+
+    Returns:
+        (N * kv_heads, 2 * blocks, D / 2, 16, 2) and (N * kv_heads, D / 16, 16 * blocks, 16, 2) bfloat16, zero where
+        there is no token.
+    """
+    (kv_heads, num, size), rows = k.shape, len(lengths) * num_samples * len(k)
+    keys, values = k.new_empty(rows, 2 * blocks, size // 2, 16, 2), k.new_empty(rows, size // 16, 16 * blocks, 16, 2)
+    stops = torch.tensor(lengths).cumsum(0)
+    places = torch.stack([stops - torch.tensor(lengths), stops], 1)
+    given = places, num_samples, kv_heads, size, num, k.contiguous(), v.contiguous(), blocks, keys, values
+    run(tile_attention().cached, rows, keys.numel(), *given)
+    return keys, values
+
+
+def decoded_in_tiles(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, window: int | None
+) -> Tensor:
+    """What `decoded` returns, from the keys and values of `cached_in_tiles`, which the new token's join.
+
+    Args:
+        lengths: (B,) int64 tokens of each sequence, the new one included.
+    """
+    kv_heads, num, group, size = q.shape
+    blocks = keys.shape[1] // 2
+    out = q.new_empty(num, kv_heads * group * size)
+    words = size // 2 * 4 + blocks * 16 * 4 + 4 * 32 + blocks * 4 * 32
+    scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
+    sizes = num, kv_heads, group, size
+    given = *sizes, q, k, v, blocks, keys, values, lengths, window or blocks * KEYS, out, scratch, words
+    run(tile_attention().decoded, num * kv_heads, keys.numel(), *given)
+    return out
 
 
 def _longest(forest: Forest) -> int:

@@ -88,6 +88,8 @@ class Layer:
             self.head_norms = self.attention.q_norm, self.attention.k_norm
         self.scaling = self.attention.scaling
         self.inputs, self.output, self.gate_up, self.down = map(linear, linears_of(layer))
+        linears = self.inputs, self.output, self.gate_up, self.down
+        self.in_tiles = self.head_norms is None and all(linear.in_tiles for linear in linears)
 
     def operations(self, x: Tensor) -> ModuleType:
         """What runs between the matrix products over this residual stream."""
@@ -134,6 +136,9 @@ class LeanLinear:
     Args:
         rows: pack the matrix for products with about so many rows, where the processor's library can; then it has
             no `backward`. None: it stays as it is.
+
+    Attributes:
+        in_tiles: the product is a kernel of `fused`.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype, rows: int | None = None) -> None:
@@ -142,7 +147,10 @@ class LeanLinear:
         self.dtype, self.sizes = dtype, [len(weight) for weight in weights]
         self.packed: Callable[[Tensor], Tensor] | None = None
         if weights[0].dtype != dtype and rows is not None:
-            self.packed = _packed(weights, biases, dtype, rows)
+            self.packed = _in_tiles(weights, biases, dtype, rows)
+        self.in_tiles = self.packed is not None
+        if weights[0].dtype != dtype and rows is not None and self.packed is None:
+            self.packed = _by_onednn(weights, biases, dtype, rows)
         if weights[0].dtype != dtype and self.packed is None:
             weights, biases = [_joined(weights, dtype)], [None if biases[0] is None else _joined(biases, dtype)]
         self.pieces = [] if self.packed else list(zip(weights, biases, strict=True))
@@ -184,18 +192,24 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _packed(
+def _in_tiles(
+    weights: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype, rows: int
+) -> Callable[[Tensor], Tensor] | None:
+    """The product with these matrices end to end by `fused.product`; None where it does not serve."""
+    fits = all(len(weight) % fused.COLUMNS == 0 and weight.shape[1] % 2 == 0 for weight in weights)
+    if not fits or rows > fused.FEW_ROWS or not fused.multiplies(weights[0].dtype, dtype, weights[0].device):
+        return None
+    tiles = torch.cat([fused.packed_tiles(weight) for weight in weights])
+    return partial(fused.product, packed=tiles, bias=None if biases[0] is None else torch.cat(biases))
+
+
+def _by_onednn(
     weights: list[Tensor], biases: list[Tensor | None], dtype: torch.dtype, rows: int
 ) -> Callable[[Tensor], Tensor] | None:
     """The product with these matrices end to end, laid out once for about so many rows; None where that cannot be.
 
     Unpacked, oneDNN lays a matrix out again for every product: a third of its time at 16 rows.
     """
-    fits = all(len(weight) % fused.COLUMNS == 0 and weight.shape[1] % 2 == 0 for weight in weights)
-    if fits and rows <= fused.FEW_ROWS and fused.multiplies(weights[0].dtype, dtype, weights[0].device):
-        tiles = torch.cat([fused.packed_tiles(weight) for weight in weights])
-        bias = None if biases[0] is None else torch.cat(biases)
-        return partial(fused.product, packed=tiles, bias=bias)
     if not _onednn_packs(weights[0].device, dtype):
         return None
     weight = torch.ops.mkldnn._reorder_linear_weight(_joined(weights, dtype), rows)

@@ -1,38 +1,18 @@
 """Matrix products in tiles, by the instruction of AVX512-BF16 that multiplies pairs of bfloat16 and adds them up.
 
-For products that oneDNN's blocks do not suit: a few rows beside weights that come from memory, and the attention of
-trees of some hundred tokens. Import it only where the processor has the instruction (`fused.multiplies`). A tile holds
-16 columns: for each pair of rows of the right factor (each pair of inputs of a weight), the pair of every column.
+For products that oneDNN's blocks do not suit: a few rows beside weights that come from memory, and attention
+(`rlhf/models/tile_attention.py`). Import it only where the processor has the instruction (`fused.multiplies`). A tile
+holds 16 columns: for each pair of rows of the right factor (each pair of inputs of a weight), the pair of every column.
 """
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from rlhf.models.compiled import (
-    F32,
-    OPTIONS,
-    TASK,
-    ZERO,
-    begin,
-    exp,
-    floats,
-    floats_at,
-    halves,
-    ints_at,
-    narrow,
-    numbers_at,
-    thread,
-    threads,
-    wide,
-    words_at,
-)
+from rlhf.models.compiled import OPTIONS, TASK, begin, floats, halves, narrow, thread, words_at
 
 
 class _BFloat(ir.Type):
@@ -50,18 +30,12 @@ class _BFloat(ir.Type):
 
 TILE, ROWS, TILES = 16, 8, 2
 """Columns of a tile of a product, one register of float32 sums; rows and tiles that are summed up at once."""
+FEW = 4
+"""Rows of the smaller product, for the query heads of one key head."""
 
 
-@intrinsic
-def tile_product(_, x, packed, apart, following, pairs, out):
-    """8 x 32 float32 sums over `pairs` pairs of bfloat16, by the instruction that multiplies and adds two at once.
-
-    Args:
-        x: address of 8 rows, for each pair of columns those of all rows.
-        packed: address of the first of two tiles; apart: bytes from it to the second.
-        following: address of two tiles whose way from memory begins now.
-        out: address of the sums.
-    """
+def _product_of(rows: int):
+    """The intrinsic `tile_product` for so many rows."""
 
     def emit(context, builder, signature, args):
         x, packed, apart, ahead, pairs, out = args
@@ -78,7 +52,7 @@ def tile_product(_, x, packed, apart, following, pairs, out):
         builder.branch(body)
         builder.position_at_end(body)
         k = builder.phi(index)
-        totals = [[builder.phi(sums) for _ in range(TILES)] for _ in range(ROWS)]
+        totals = [[builder.phi(sums) for _ in range(TILES)] for _ in range(rows)]
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
         prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         line, weights = builder.shl(k, index(6)), []
@@ -87,27 +61,42 @@ def tile_product(_, x, packed, apart, following, pairs, out):
             weights.append(builder.bitcast(builder.load(address(packed, place, words), align=4), pairs_of))
             builder.call(prefetch, [address(ahead, place, ir.IntType(8)), word(0), word(2), word(1)])
         found = []
-        for m in range(ROWS):
-            pair = builder.load(address(x, builder.add(builder.shl(k, index(5)), index(4 * m)), word), align=4)
+        for m in range(rows):
+            pair = builder.load(address(x, builder.add(builder.mul(k, index(4 * rows)), index(4 * m)), word), align=4)
             one = builder.insert_element(ir.Constant(words, ir.Undefined), pair, word(0))
             everywhere = builder.bitcast(builder.shuffle_vector(one, one, ir.Constant(words, [0] * TILE)), pairs_of)
             found.append([builder.call(multiply_add, [totals[m][i], everywhere, weights[i]]) for i in range(TILES)])
         following = builder.add(k, index(1))
         k.add_incoming(index(0), before)
         k.add_incoming(following, body)
-        for m in range(ROWS):
+        for m in range(rows):
             for i in range(TILES):
                 totals[m][i].add_incoming(ir.Constant(sums, [0.0] * TILE), before)
                 totals[m][i].add_incoming(found[m][i], body)
         builder.cbranch(builder.icmp_signed("<", following, pairs), body, after)
         builder.position_at_end(after)
-        for m in range(ROWS):
+        for m in range(rows):
             for i in range(TILES):
                 place = index(4 * TILE * (m * TILES + i))
                 builder.store(found[m][i], address(out, place, sums), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), emit
+    @intrinsic
+    def tile_product(_, x, packed, apart, following, pairs, out):
+        """rows x 32 float32 sums over `pairs` pairs of bfloat16, by the instruction that multiplies and adds two.
+
+        Args:
+            x: address of the rows, for each pair of columns those of all rows.
+            packed: address of the first of two tiles; apart: bytes from it to the second.
+            following: address of two tiles whose way from memory begins now.
+            out: address of the sums.
+        """
+        return types.void(*[types.int64] * 6), emit
+
+    return tile_product
+
+
+tile_product, few_rows_product = _product_of(ROWS), _product_of(FEW)
 
 
 @cfunc(TASK, **OPTIONS)
@@ -156,266 +145,3 @@ def product(task):
                 for j in range(columns):
                     total = sums[m, j] + bias[tiles * columns + j] if a[5] else sums[m, j]
                     out[i * ROWS + m, tiles * columns + j] = narrow(total)
-
-
-@njit(**OPTIONS)
-def _rows_as_columns(source, base, group, jump, count, to):
-    """Rows of words (N, pairs) as columns of tiles (tiles, pairs, 16), zero after the last: row r is source row
-    base + r // group * jump + r % group."""
-    tiles, pairs, _ = to.shape
-    for r in range(tiles * TILE):
-        if r < count:
-            row = source[base + r // group * jump + r % group]
-            for k in range(pairs):
-                to[r // TILE, k, r % TILE] = row[k]
-        else:
-            for k in range(pairs):
-                to[r // TILE, k, r % TILE] = 0
-
-
-@njit(**OPTIONS)
-def _pair(low, high):
-    """Two bfloat16 as one word, the first in its lower half."""
-    return np.uint32(low) | (np.uint32(high) << np.uint32(16))
-
-
-@njit(**OPTIONS)
-def _pairs_of_rows(source, base, group, jump, count, to):
-    """Rows of halves (N, size) as pairs in tiles of words (size / 16, pairs, 16), zero after the last; as above."""
-    tiles, pairs, _ = to.shape
-    for p in range(pairs):
-        r = 2 * p
-        low = source[base + min(r, count - 1) // group * jump + min(r, count - 1) % group]
-        high = source[base + min(r + 1, count - 1) // group * jump + min(r + 1, count - 1) % group]
-        of_low, of_high = np.uint32(0xFFFF) * np.uint32(r < count), np.uint32(0xFFFF) * np.uint32(r + 1 < count)
-        for tile in range(tiles):
-            out = to[tile, p]
-            for i in range(TILE):
-                out[i] = _pair(low[tile * TILE + i] & of_low, high[tile * TILE + i] & of_high)
-
-
-@njit(**OPTIONS)
-def _ends_within(ends, start, count, until, closed):
-    """Where the subtrees of a tree's keys end, counted from its start, 0 after the last key: (blocks * 32,) in `until`;
-    the least of each 32 keys that are there: (blocks,) in `closed`."""
-    for c in range(len(closed)):
-        closed[c] = count
-        for j in range(c * 32, c * 32 + 32):
-            until[j] = ends[start + j] - start if j < count else 0
-            if j < count:
-                closed[c] = min(closed[c], until[j])
-
-
-@njit(**OPTIONS)
-def _masked(scores, until, closed, first, rows, group, c):
-    """Hide from 8 queries, of which `rows` count, what they do not see of the 32 keys of block c: (8, 32) floats."""
-    if rows == ROWS and c * 32 + 31 <= first // group and (first + rows - 1) // group < closed[c]:
-        return
-    for m in range(ROWS):
-        t = np.int32((first + m) // group if m < rows else -1)
-        for j in range(32):
-            key = np.int32(c * 32 + j)
-            scores[m, j] = scores[m, j] if (key <= t) & (t < until[key]) else F32(-math.inf)
-
-
-@njit(**OPTIONS)
-def _eight_rows(source, base, group, jump, first, count, to):
-    """Up to 8 rows of words as the left factor (pairs, 8); rows as above."""
-    for m in range(count):
-        r = first + m
-        row = source[base + r // group * jump + r % group]
-        for k in range(len(to)):
-            to[k, m] = row[k]
-
-
-@cfunc(TASK, **OPTIONS)
-def attended(task):
-    """Trees (start, stop), ends of subtrees, tokens, kv heads, group, size, q, k, v, out, normalisers, scratch, words.
-
-    A row is a key head of a tree. q is (kv heads, tokens, group, size), scaled; k and v (kv heads, tokens, size); out
-    (tokens, kv heads, group, size); normalisers (kv heads, tokens, group) floats, the log of the sum of a query's
-    exponentials; scratch has so many words for each thread.
-    """
-    a, _, _ = begin(task)
-    tokens, kv_heads, group, size, all_q = a[3], a[4], a[5], a[6], a[3] * a[4] * a[5]
-    ends, trees = carray(ints_at(a[2]), (tokens,)), carray(ints_at(a[1]), (a[0] // kv_heads, 2))
-    q, k, v = (
-        carray(words_at(a[7]), (all_q, size // 2)),
-        carray(words_at(a[8]), (kv_heads * tokens, size // 2)),
-        halves(a[9], kv_heads * tokens, size),
-    )
-    out, normalisers = halves(a[10], all_q, size), floats(a[11], 1, all_q)[0]
-    scratch = a[12] + thread() * a[13] * 4
-    for job in range(thread(), a[0], threads()):
-        start, stop, h = trees[job // kv_heads, 0], trees[job // kv_heads, 1], job % kv_heads
-        count = stop - start
-        queries, blocks = count * group, (count + 31) // 32
-        of_q, of_k = (h * tokens + start) * group, h * tokens + start
-        key_bytes = blocks * 64 * size
-        at_values, at_x = scratch + key_bytes, scratch + 2 * key_bytes
-        at_weights, at_sums = at_x + size * 16, at_x + size * 16 + blocks * 512
-        at_scores, at_until = at_sums + 1024, at_sums + 1024 + blocks * 1024
-        _rows_as_columns(k, of_k, 1, 1, count, carray(words_at(scratch), (2 * blocks, size // 2, TILE)))
-        _pairs_of_rows(v, of_k, 1, 1, count, carray(words_at(at_values), (size // TILE, blocks * 16, TILE)))
-        until, closed = (
-            carray(numbers_at(at_until), (blocks * 32,)),
-            carray(numbers_at(at_until + blocks * 128), (blocks,)),
-        )
-        _ends_within(ends, start, count, until, closed)
-        x, weights = carray(words_at(at_x), (size // 2, ROWS)), carray(words_at(at_weights), (blocks * 16, ROWS))
-        sums, scores = floats(at_sums, ROWS, 32), carray(floats_at(at_scores), (blocks, ROWS, 32))
-        for first in range(0, queries, ROWS):
-            rows = min(ROWS, queries - first)
-            _eight_rows(q, of_q, 1, 1, first, rows, x)
-            seen = (first + rows - 1) // group // 32 + 1
-            for c in range(seen):
-                here = scratch + c * 64 * size
-                tile_product(at_x, here, 32 * size, here, size // 2, at_scores + c * 1024)
-                _masked(scores[c], until, closed, first, rows, group, c)
-            for m in range(rows):
-                top, total = F32(-math.inf), ZERO
-                for c in range(seen):
-                    row = scores[c, m]
-                    for j in range(32):
-                        top = row[j] if row[j] > top else top
-                for c in range(seen):
-                    row = scores[c, m]
-                    for j in range(32):
-                        row[j] = ZERO if row[j] == F32(-math.inf) else exp(row[j] - top)
-                        total += row[j]
-                    for j in range(16):
-                        weights[c * 16 + j, m] = _pair(narrow(row[2 * j]), narrow(row[2 * j + 1]))
-                normalisers[of_q + first + m] = top + F32(math.log(total))
-                scores[0, m, 0] = total  # the weights are laid out already
-            for c in range(size // 32):
-                here = at_values + 2 * c * blocks * 1024
-                tile_product(at_weights, here, blocks * 1024, here, seen * 16, at_sums)
-                for m in range(rows):
-                    r = first + m
-                    to = out[((start + r // group) * kv_heads + h) * group + r % group]
-                    for j in range(32):
-                        to[c * 32 + j] = narrow(sums[m, j] / scores[0, m, 0])
-
-
-@cfunc(TASK, **OPTIONS)
-def attended_backward(task):
-    """What `attended` has up to the normalisers; gradients of out and q (halves), k and v (floats); scratch, its words.
-
-    As there; the gradients are laid out as what they belong to. A query's weights are computed again.
-    """
-    a, _, _ = begin(task)
-    tokens, kv_heads, group, size, all_q = a[3], a[4], a[5], a[6], a[3] * a[4] * a[5]
-    all_k, pairs = kv_heads * tokens, size // 2
-    ends, trees = carray(ints_at(a[2]), (tokens,)), carray(ints_at(a[1]), (a[0] // kv_heads, 2))
-    q_words, q, k_words, k = (
-        carray(words_at(a[7]), (all_q, pairs)),
-        halves(a[7], all_q, size),
-        carray(words_at(a[8]), (all_k, pairs)),
-        halves(a[8], all_k, size),
-    )
-    v_words, out, normalisers = (
-        carray(words_at(a[9]), (all_k, pairs)),
-        halves(a[10], all_q, size),
-        floats(a[11], 1, all_q)[0],
-    )
-    grad_words, grad = carray(words_at(a[12]), (all_q, pairs)), halves(a[12], all_q, size)
-    grad_q, grad_k, grad_v = halves(a[13], all_q, size), floats(a[14], all_k, size), floats(a[15], all_k, size)
-    scratch, offsets = a[16] + thread() * a[17] * 4, np.zeros(ROWS, F32)
-    for job in range(thread(), a[0], threads()):
-        start, stop, h = trees[job // kv_heads, 0], trees[job // kv_heads, 1], job % kv_heads
-        count = stop - start
-        queries, blocks = count * group, (count + 31) // 32
-        of_q, of_k, of_out = (h * tokens + start) * group, h * tokens + start, (start * kv_heads + h) * group
-        half_queries, keys = (queries + 7) // 8 * 4, blocks * 32
-        key_bytes, query_bytes, square_bytes = keys * size * 2, half_queries * size * 4, keys * half_queries * 4
-        at_k, at_k_pairs, at_v = scratch, scratch + key_bytes, scratch + 2 * key_bytes
-        at_q_pairs, at_grad_pairs = scratch + 3 * key_bytes, scratch + 3 * key_bytes + query_bytes
-        at_p = at_grad_pairs + query_bytes
-        at_s, at_x = at_p + square_bytes, at_p + 2 * square_bytes
-        at_y, at_row = at_x + size * 16, at_x + size * 32
-        at_sums, at_others = at_row + keys * 16, at_row + keys * 16 + 1024
-        at_until = at_others + 1024
-        until, closed = (
-            carray(numbers_at(at_until), (blocks * 32,)),
-            carray(numbers_at(at_until + blocks * 128), (blocks,)),
-        )
-        _ends_within(ends, start, count, until, closed)
-        tiles = 2 * blocks, pairs, TILE
-        _rows_as_columns(k_words, of_k, 1, 1, count, carray(words_at(at_k), tiles))
-        _rows_as_columns(v_words, of_k, 1, 1, count, carray(words_at(at_v), tiles))
-        _pairs_of_rows(k, of_k, 1, 1, count, carray(words_at(at_k_pairs), (size // TILE, keys // 2, TILE)))
-        by_query = size // TILE, half_queries, TILE
-        _pairs_of_rows(q, of_q, 1, 1, queries, carray(words_at(at_q_pairs), by_query))
-        _pairs_of_rows(grad, of_out, group, kv_heads * group, queries, carray(words_at(at_grad_pairs), by_query))
-        # Weights and gradients of scores, for the products over queries: 8 keys a left factor.
-        square = keys // ROWS, half_queries, ROWS
-        p, s = carray(words_at(at_p), square), carray(words_at(at_s), square)
-        both = carray(words_at(at_p), (2 * keys * half_queries,))
-        for i in range(len(both)):
-            both[i] = 0
-        x, y = carray(words_at(at_x), (pairs, ROWS)), carray(words_at(at_y), (pairs, ROWS))
-        row = carray(words_at(at_row), (keys // 2, ROWS))
-        sums, others = floats(at_sums, ROWS, 32), floats(at_others, ROWS, 32)
-        for first in range(0, queries, ROWS):
-            rows = min(ROWS, queries - first)
-            _eight_rows(q_words, of_q, 1, 1, first, rows, x)
-            _eight_rows(grad_words, of_out, group, kv_heads * group, first, rows, y)
-            for m in range(rows):
-                place, offset = of_out + (first + m) // group * kv_heads * group + (first + m) % group, ZERO
-                for i in range(size):
-                    offset += wide(grad[place, i]) * wide(out[place, i])
-                offsets[m] = offset
-            seen = (first + rows - 1) // group // 32 + 1
-            for c in range(seen):
-                here = c * 64 * size
-                tile_product(at_x, at_k + here, 32 * size, at_k + here, pairs, at_sums)
-                tile_product(at_y, at_v + here, 32 * size, at_v + here, pairs, at_others)
-                _masked(sums, until, closed, first, rows, group, c)
-                for m in range(ROWS):
-                    normaliser, offset = normalisers[of_q + min(first + m, queries - 1)], offsets[m]
-                    for j in range(32):
-                        hidden = sums[m, j] == F32(-math.inf)
-                        weight = ZERO if hidden else exp(sums[m, j] - normaliser)
-                        sums[m, j] = weight
-                        others[m, j] = ZERO if hidden else weight * (others[m, j] - offset)
-                    for j in range(16):
-                        row[c * 16 + j, m] = _pair(narrow(others[m, 2 * j]), narrow(others[m, 2 * j + 1]))
-                for m in range(0, ROWS, 2):
-                    for block in range(4):
-                        of_p, of_s = p[c * 4 + block, (first + m) // 2], s[c * 4 + block, (first + m) // 2]
-                        for j in range(ROWS):
-                            at = block * ROWS + j
-                            of_p[j] = _pair(narrow(sums[m, at]), narrow(sums[m + 1, at]))
-                            of_s[j] = _pair(narrow(others[m, at]), narrow(others[m + 1, at]))
-            for c in range(size // 32):
-                here = at_k_pairs + 2 * c * keys * 32
-                tile_product(at_row, here, keys * 32, here, seen * 16, at_sums)
-                for m in range(rows):
-                    for j in range(32):
-                        grad_q[of_q + first + m, c * 32 + j] = narrow(sums[m, j])
-        for first in range(0, count, ROWS):
-            rows = min(ROWS, count - first)
-            skipped = first * group // 2  # pairs of queries that come before these keys
-            left = first // ROWS * half_queries * 32 + skipped * 32
-            for c in range(size // 32):
-                here = 2 * c * half_queries * 64 + skipped * 64
-                tile_product(
-                    at_s + left,
-                    at_q_pairs + here,
-                    half_queries * 64,
-                    at_q_pairs + here,
-                    half_queries - skipped,
-                    at_sums,
-                )
-                tile_product(
-                    at_p + left,
-                    at_grad_pairs + here,
-                    half_queries * 64,
-                    at_grad_pairs + here,
-                    half_queries - skipped,
-                    at_others,
-                )
-                for m in range(rows):
-                    for j in range(32):
-                        grad_k[of_k + first + m, c * 32 + j] = sums[m, j]
-                        grad_v[of_k + first + m, c * 32 + j] = others[m, j]

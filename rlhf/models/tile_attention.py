@@ -1,0 +1,387 @@
+"""Attention by the products of `rlhf/models/tiles.py`: of trees, forward and backward, and of decoding.
+
+Keys are columns of tiles, pairs of values their rows; queries and weights are left factors of 8 rows, or of 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import carray, cfunc, njit
+
+from rlhf.models.compiled import (
+    F32,
+    OPTIONS,
+    TASK,
+    ZERO,
+    begin,
+    exp,
+    floats,
+    floats_at,
+    halves,
+    ints_at,
+    narrow,
+    numbers_at,
+    thread,
+    threads,
+    wide,
+    words_at,
+)
+from rlhf.models.tiles import FEW, ROWS, TILE, few_rows_product, tile_product
+
+
+@njit(**OPTIONS)
+def _rows_as_columns(source, base, group, jump, count, to):
+    """Rows of words (N, pairs) as columns of tiles (tiles, pairs, 16), zero after the last: row r is source row
+    base + r // group * jump + r % group."""
+    tiles, pairs, _ = to.shape
+    for r in range(tiles * TILE):
+        if r < count:
+            row = source[base + r // group * jump + r % group]
+            for k in range(pairs):
+                to[r // TILE, k, r % TILE] = row[k]
+        else:
+            for k in range(pairs):
+                to[r // TILE, k, r % TILE] = 0
+
+
+@njit(**OPTIONS)
+def _pair(low, high):
+    """Two bfloat16 as one word, the first in its lower half."""
+    return np.uint32(low) | (np.uint32(high) << np.uint32(16))
+
+
+@njit(**OPTIONS)
+def _pairs_of_rows(source, base, group, jump, count, to):
+    """Rows of halves (N, size) as pairs in tiles of words (size / 16, pairs, 16), zero after the last; as above."""
+    tiles, pairs, _ = to.shape
+    for p in range(pairs):
+        r = 2 * p
+        low = source[base + min(r, count - 1) // group * jump + min(r, count - 1) % group]
+        high = source[base + min(r + 1, count - 1) // group * jump + min(r + 1, count - 1) % group]
+        of_low, of_high = np.uint32(0xFFFF) * np.uint32(r < count), np.uint32(0xFFFF) * np.uint32(r + 1 < count)
+        for tile in range(tiles):
+            out = to[tile, p]
+            for i in range(TILE):
+                out[i] = _pair(low[tile * TILE + i] & of_low, high[tile * TILE + i] & of_high)
+
+
+@njit(**OPTIONS)
+def _ends_within(ends, start, count, until, closed):
+    """Where the subtrees of a tree's keys end, counted from its start, 0 after the last key: (blocks * 32,) in `until`;
+    the least of each 32 keys that are there: (blocks,) in `closed`."""
+    for c in range(len(closed)):
+        closed[c] = count
+        for j in range(c * 32, c * 32 + 32):
+            until[j] = ends[start + j] - start if j < count else 0
+            if j < count:
+                closed[c] = min(closed[c], until[j])
+
+
+@njit(**OPTIONS)
+def _masked(scores, until, closed, first, rows, group, c):
+    """Hide from 8 queries, of which `rows` count, what they do not see of the 32 keys of block c: (8, 32) floats."""
+    if rows == ROWS and c * 32 + 31 <= first // group and (first + rows - 1) // group < closed[c]:
+        return
+    for m in range(ROWS):
+        t = np.int32((first + m) // group if m < rows else -1)
+        for j in range(32):
+            key = np.int32(c * 32 + j)
+            scores[m, j] = scores[m, j] if (key <= t) & (t < until[key]) else F32(-math.inf)
+
+
+@njit(**OPTIONS)
+def _eight_rows(source, base, group, jump, first, count, to):
+    """Up to 8 rows of words as the left factor (pairs, 8); rows as above."""
+    for m in range(count):
+        r = first + m
+        row = source[base + r // group * jump + r % group]
+        for k in range(len(to)):
+            to[k, m] = row[k]
+
+
+@cfunc(TASK, **OPTIONS)
+def attended(task):
+    """Trees (start, stop), ends of subtrees, tokens, kv heads, group, size, q, k, v, out, normalisers, scratch, words.
+
+    A row is a key head of a tree. q is (kv heads, tokens, group, size), scaled; k and v (kv heads, tokens, size); out
+    (tokens, kv heads, group, size); normalisers (kv heads, tokens, group) floats, the log of the sum of a query's
+    exponentials; scratch has so many words for each thread.
+    """
+    a, _, _ = begin(task)
+    tokens, kv_heads, group, size, all_q = a[3], a[4], a[5], a[6], a[3] * a[4] * a[5]
+    ends, trees = carray(ints_at(a[2]), (tokens,)), carray(ints_at(a[1]), (a[0] // kv_heads, 2))
+    q, k, v = (
+        carray(words_at(a[7]), (all_q, size // 2)),
+        carray(words_at(a[8]), (kv_heads * tokens, size // 2)),
+        halves(a[9], kv_heads * tokens, size),
+    )
+    out, normalisers = halves(a[10], all_q, size), floats(a[11], 1, all_q)[0]
+    scratch = a[12] + thread() * a[13] * 4
+    for job in range(thread(), a[0], threads()):
+        start, stop, h = trees[job // kv_heads, 0], trees[job // kv_heads, 1], job % kv_heads
+        count = stop - start
+        queries, blocks = count * group, (count + 31) // 32
+        of_q, of_k = (h * tokens + start) * group, h * tokens + start
+        key_bytes = blocks * 64 * size
+        at_values, at_x = scratch + key_bytes, scratch + 2 * key_bytes
+        at_weights, at_sums = at_x + size * 16, at_x + size * 16 + blocks * 512
+        at_scores, at_until = at_sums + 1024, at_sums + 1024 + blocks * 1024
+        _rows_as_columns(k, of_k, 1, 1, count, carray(words_at(scratch), (2 * blocks, size // 2, TILE)))
+        _pairs_of_rows(v, of_k, 1, 1, count, carray(words_at(at_values), (size // TILE, blocks * 16, TILE)))
+        until, closed = (
+            carray(numbers_at(at_until), (blocks * 32,)),
+            carray(numbers_at(at_until + blocks * 128), (blocks,)),
+        )
+        _ends_within(ends, start, count, until, closed)
+        x, weights = carray(words_at(at_x), (size // 2, ROWS)), carray(words_at(at_weights), (blocks * 16, ROWS))
+        sums, scores = floats(at_sums, ROWS, 32), carray(floats_at(at_scores), (blocks, ROWS, 32))
+        for first in range(0, queries, ROWS):
+            rows = min(ROWS, queries - first)
+            _eight_rows(q, of_q, 1, 1, first, rows, x)
+            seen = (first + rows - 1) // group // 32 + 1
+            for c in range(seen):
+                here = scratch + c * 64 * size
+                tile_product(at_x, here, 32 * size, here, size // 2, at_scores + c * 1024)
+                _masked(scores[c], until, closed, first, rows, group, c)
+            for m in range(rows):
+                top, total = F32(-math.inf), ZERO
+                for c in range(seen):
+                    row = scores[c, m]
+                    for j in range(32):
+                        top = row[j] if row[j] > top else top
+                for c in range(seen):
+                    row = scores[c, m]
+                    for j in range(32):
+                        row[j] = ZERO if row[j] == F32(-math.inf) else exp(row[j] - top)
+                        total += row[j]
+                    for j in range(16):
+                        weights[c * 16 + j, m] = _pair(narrow(row[2 * j]), narrow(row[2 * j + 1]))
+                normalisers[of_q + first + m] = top + F32(math.log(total))
+                scores[0, m, 0] = total  # the weights are laid out already
+            for c in range(size // 32):
+                here = at_values + 2 * c * blocks * 1024
+                tile_product(at_weights, here, blocks * 1024, here, seen * 16, at_sums)
+                for m in range(rows):
+                    r = first + m
+                    to = out[((start + r // group) * kv_heads + h) * group + r % group]
+                    for j in range(32):
+                        to[c * 32 + j] = narrow(sums[m, j] / scores[0, m, 0])
+
+
+@cfunc(TASK, **OPTIONS)
+def attended_backward(task):
+    """What `attended` has up to the normalisers; gradients of out and q (halves), k and v (floats); scratch, its words.
+
+    As there; the gradients are laid out as what they belong to. A query's weights are computed again.
+    """
+    a, _, _ = begin(task)
+    tokens, kv_heads, group, size, all_q = a[3], a[4], a[5], a[6], a[3] * a[4] * a[5]
+    all_k, pairs = kv_heads * tokens, size // 2
+    ends, trees = carray(ints_at(a[2]), (tokens,)), carray(ints_at(a[1]), (a[0] // kv_heads, 2))
+    q_words, q, k_words, k = (
+        carray(words_at(a[7]), (all_q, pairs)),
+        halves(a[7], all_q, size),
+        carray(words_at(a[8]), (all_k, pairs)),
+        halves(a[8], all_k, size),
+    )
+    v_words, out, normalisers = (
+        carray(words_at(a[9]), (all_k, pairs)),
+        halves(a[10], all_q, size),
+        floats(a[11], 1, all_q)[0],
+    )
+    grad_words, grad = carray(words_at(a[12]), (all_q, pairs)), halves(a[12], all_q, size)
+    grad_q, grad_k, grad_v = halves(a[13], all_q, size), floats(a[14], all_k, size), floats(a[15], all_k, size)
+    scratch, offsets = a[16] + thread() * a[17] * 4, np.zeros(ROWS, F32)
+    for job in range(thread(), a[0], threads()):
+        start, stop, h = trees[job // kv_heads, 0], trees[job // kv_heads, 1], job % kv_heads
+        count = stop - start
+        queries, blocks = count * group, (count + 31) // 32
+        of_q, of_k, of_out = (h * tokens + start) * group, h * tokens + start, (start * kv_heads + h) * group
+        half_queries, keys = (queries + 7) // 8 * 4, blocks * 32
+        key_bytes, query_bytes, square_bytes = keys * size * 2, half_queries * size * 4, keys * half_queries * 4
+        at_k, at_k_pairs, at_v = scratch, scratch + key_bytes, scratch + 2 * key_bytes
+        at_q_pairs, at_grad_pairs = scratch + 3 * key_bytes, scratch + 3 * key_bytes + query_bytes
+        at_p = at_grad_pairs + query_bytes
+        at_s, at_x = at_p + square_bytes, at_p + 2 * square_bytes
+        at_y, at_row = at_x + size * 16, at_x + size * 32
+        at_sums, at_others = at_row + keys * 16, at_row + keys * 16 + 1024
+        at_until = at_others + 1024
+        until, closed = (
+            carray(numbers_at(at_until), (blocks * 32,)),
+            carray(numbers_at(at_until + blocks * 128), (blocks,)),
+        )
+        _ends_within(ends, start, count, until, closed)
+        tiles = 2 * blocks, pairs, TILE
+        _rows_as_columns(k_words, of_k, 1, 1, count, carray(words_at(at_k), tiles))
+        _rows_as_columns(v_words, of_k, 1, 1, count, carray(words_at(at_v), tiles))
+        _pairs_of_rows(k, of_k, 1, 1, count, carray(words_at(at_k_pairs), (size // TILE, keys // 2, TILE)))
+        by_query = size // TILE, half_queries, TILE
+        _pairs_of_rows(q, of_q, 1, 1, queries, carray(words_at(at_q_pairs), by_query))
+        _pairs_of_rows(grad, of_out, group, kv_heads * group, queries, carray(words_at(at_grad_pairs), by_query))
+        # Weights and gradients of scores, for the products over queries: 8 keys a left factor.
+        square = keys // ROWS, half_queries, ROWS
+        p, s = carray(words_at(at_p), square), carray(words_at(at_s), square)
+        both = carray(words_at(at_p), (2 * keys * half_queries,))
+        for i in range(len(both)):
+            both[i] = 0
+        x, y = carray(words_at(at_x), (pairs, ROWS)), carray(words_at(at_y), (pairs, ROWS))
+        row = carray(words_at(at_row), (keys // 2, ROWS))
+        sums, others = floats(at_sums, ROWS, 32), floats(at_others, ROWS, 32)
+        for first in range(0, queries, ROWS):
+            rows = min(ROWS, queries - first)
+            _eight_rows(q_words, of_q, 1, 1, first, rows, x)
+            _eight_rows(grad_words, of_out, group, kv_heads * group, first, rows, y)
+            for m in range(rows):
+                place, offset = of_out + (first + m) // group * kv_heads * group + (first + m) % group, ZERO
+                for i in range(size):
+                    offset += wide(grad[place, i]) * wide(out[place, i])
+                offsets[m] = offset
+            seen = (first + rows - 1) // group // 32 + 1
+            for c in range(seen):
+                here = c * 64 * size
+                tile_product(at_x, at_k + here, 32 * size, at_k + here, pairs, at_sums)
+                tile_product(at_y, at_v + here, 32 * size, at_v + here, pairs, at_others)
+                _masked(sums, until, closed, first, rows, group, c)
+                for m in range(ROWS):
+                    normaliser, offset = normalisers[of_q + min(first + m, queries - 1)], offsets[m]
+                    for j in range(32):
+                        hidden = sums[m, j] == F32(-math.inf)
+                        weight = ZERO if hidden else exp(sums[m, j] - normaliser)
+                        sums[m, j] = weight
+                        others[m, j] = ZERO if hidden else weight * (others[m, j] - offset)
+                    for j in range(16):
+                        row[c * 16 + j, m] = _pair(narrow(others[m, 2 * j]), narrow(others[m, 2 * j + 1]))
+                for m in range(0, ROWS, 2):
+                    for block in range(4):
+                        of_p, of_s = p[c * 4 + block, (first + m) // 2], s[c * 4 + block, (first + m) // 2]
+                        for j in range(ROWS):
+                            at = block * ROWS + j
+                            of_p[j] = _pair(narrow(sums[m, at]), narrow(sums[m + 1, at]))
+                            of_s[j] = _pair(narrow(others[m, at]), narrow(others[m + 1, at]))
+            for c in range(size // 32):
+                here = at_k_pairs + 2 * c * keys * 32
+                tile_product(at_row, here, keys * 32, here, seen * 16, at_sums)
+                for m in range(rows):
+                    for j in range(32):
+                        grad_q[of_q + first + m, c * 32 + j] = narrow(sums[m, j])
+        for first in range(0, count, ROWS):
+            rows = min(ROWS, count - first)
+            skipped = first * group // 2  # pairs of queries that come before these keys
+            left = first // ROWS * half_queries * 32 + skipped * 32
+            for c in range(size // 32):
+                here = 2 * c * half_queries * 64 + skipped * 64
+                tile_product(
+                    at_s + left,
+                    at_q_pairs + here,
+                    half_queries * 64,
+                    at_q_pairs + here,
+                    half_queries - skipped,
+                    at_sums,
+                )
+                tile_product(
+                    at_p + left,
+                    at_grad_pairs + here,
+                    half_queries * 64,
+                    at_grad_pairs + here,
+                    half_queries - skipped,
+                    at_others,
+                )
+                for m in range(rows):
+                    for j in range(32):
+                        grad_k[of_k + first + m, c * 32 + j] = sums[m, j]
+                        grad_v[of_k + first + m, c * 32 + j] = others[m, j]
+
+
+@cfunc(TASK, **OPTIONS)
+def cached(task):
+    """Prompts (start, stop), samples of each, kv heads, size, tokens, k, v (halves), blocks, keys, values.
+
+    A row is a key head of a sequence; its keys and values come from its prompt's in k and v (kv heads, tokens, size),
+    and go to keys (2 blocks, size / 2, 16) and values (size / 16, 16 blocks, 16), as `decoded` has them.
+    """
+    a, first, last = begin(task)
+    num_samples, kv_heads, size, tokens, blocks = a[2], a[3], a[4], a[5], a[8]
+    pairs = size // 2
+    places = carray(ints_at(a[1]), (a[0] // (num_samples * kv_heads), 2))
+    k, v = carray(words_at(a[6]), (kv_heads * tokens, pairs)), halves(a[7], kv_heads * tokens, size)
+    keys = carray(words_at(a[9]), (a[0], 2 * blocks, pairs, TILE))
+    values = carray(words_at(a[10]), (a[0], size // TILE, blocks * 16, TILE))
+    for row in range(first, last):
+        start, stop = places[row // kv_heads // num_samples]
+        here = row % kv_heads * tokens + start
+        _rows_as_columns(k, here, 1, 1, stop - start, keys[row])
+        _pairs_of_rows(v, here, 1, 1, stop - start, values[row])
+
+
+@cfunc(TASK, **OPTIONS)
+def decoded(task):
+    """Sequences, kv heads, group, size, q, k, v, blocks, keys, values, lengths, window, out, scratch, its words.
+
+    A row is a key head of a sequence. q, k and v are those of one new token of each, as in `attended`; keys and values
+    have room for 32 tokens a block, and hold the last of `lengths` tokens from here on; a query sees `window` of them.
+    Scratch has so many words for each thread.
+    """
+    a, first, last = begin(task)
+    num, kv_heads, group, size, blocks, window = a[1], a[2], a[3], a[4], a[8], a[12]
+    pairs, key_bytes = size // 2, blocks * 64 * size
+    q, k, v = (
+        carray(words_at(a[5]), (kv_heads * num * group, pairs)),
+        carray(words_at(a[6]), (kv_heads * num, pairs)),
+        halves(a[7], kv_heads * num, size),
+    )
+    keys = carray(words_at(a[9]), (a[0], 2 * blocks, pairs, TILE))
+    values = halves(a[10], a[0] * (size // TILE) * blocks * 16, 2 * TILE)
+    lengths, out = carray(ints_at(a[11]), (num,)), halves(a[13], a[0] * group, size)
+    at_x = a[14] + thread() * a[15] * 4
+    at_weights, at_sums = at_x + pairs * FEW * 4, at_x + pairs * FEW * 4 + blocks * 64 * FEW
+    at_scores = at_sums + FEW * 32 * 4
+    x, weights = carray(words_at(at_x), (pairs, FEW)), carray(words_at(at_weights), (blocks * 16, FEW))
+    sums, scores = floats(at_sums, FEW, 32), carray(floats_at(at_scores), (blocks, FEW, 32))
+    for row in range(first, last):
+        b, h = row // kv_heads, row % kv_heads
+        new = lengths[b] - 1
+        for i in range(pairs):
+            keys[row, new // TILE, i, new % TILE] = k[h * num + b, i]
+        for i in range(size):
+            values[(row * (size // TILE) + i // TILE) * blocks * 16 + new // 2, i % TILE * 2 + new % 2] = v[
+                h * num + b, i
+            ]
+        oldest = max(0, lengths[b] - window)
+        begins, seen = oldest // 32, new // 32 - oldest // 32 + 1
+        at_keys, at_values = a[9] + row * key_bytes + begins * 64 * size, a[10] + row * key_bytes + begins * 1024
+        for part in range(0, group, FEW):
+            rows = min(FEW, group - part)
+            for m in range(rows):
+                query = q[(h * num + b) * group + part + m]
+                for i in range(pairs):
+                    x[i, m] = query[i]
+            for c in range(seen):
+                here = at_keys + c * 64 * size
+                few_rows_product(at_x, here, 32 * size, here + 64 * size, pairs, at_scores + c * FEW * 128)
+            for m in range(rows):
+                for j in range(oldest % 32):
+                    scores[0, m, j] = F32(-math.inf)
+                for j in range(new % 32 + 1, 32):
+                    scores[seen - 1, m, j] = F32(-math.inf)
+                top, total = F32(-math.inf), ZERO
+                for c in range(seen):
+                    scored = scores[c, m]
+                    for j in range(32):
+                        top = scored[j] if scored[j] > top else top
+                for c in range(seen):
+                    scored = scores[c, m]
+                    for j in range(32):
+                        scored[j] = ZERO if scored[j] == F32(-math.inf) else exp(scored[j] - top)
+                        total += scored[j]
+                    for j in range(16):
+                        weights[c * 16 + j, m] = _pair(narrow(scored[2 * j]), narrow(scored[2 * j + 1]))
+                scores[0, m, 0] = total  # the weights are laid out already
+            for c in range(size // 32):
+                here = at_values + 2 * c * blocks * 1024
+                few_rows_product(at_weights, here, blocks * 1024, here + 2 * blocks * 1024, seen * 16, at_sums)
+                for m in range(rows):
+                    to = out[row * group + part + m]
+                    for j in range(32):
+                        to[c * 32 + j] = narrow(sums[m, j] / scores[0, m, 0])
