@@ -143,7 +143,7 @@ def attended(task):
             seen = (first + rows - 1) // group // 32 + 1
             for c in range(seen):
                 here = scratch + c * 64 * size
-                tile_product(at_x, here, 32 * size, here, size // 2, at_scores + c * 1024)
+                tile_product(at_x, here, 32 * size, here, here, size // 2, at_scores + c * 1024)
                 _masked(scores[c], until, closed, first, rows, group, c)
             for m in range(rows):
                 top, total = F32(-math.inf), ZERO
@@ -162,7 +162,7 @@ def attended(task):
                 scores[0, m, 0] = total  # the weights are laid out already
             for c in range(size // 32):
                 here = at_values + 2 * c * blocks * 1024
-                tile_product(at_weights, here, blocks * 1024, here, seen * 16, at_sums)
+                tile_product(at_weights, here, blocks * 1024, here, here, seen * 16, at_sums)
                 for m in range(rows):
                     r = first + m
                     to = out[((start + r // group) * kv_heads + h) * group + r % group]
@@ -241,8 +241,8 @@ def attended_backward(task):
             seen = (first + rows - 1) // group // 32 + 1
             for c in range(seen):
                 here = c * 64 * size
-                tile_product(at_x, at_k + here, 32 * size, at_k + here, pairs, at_sums)
-                tile_product(at_y, at_v + here, 32 * size, at_v + here, pairs, at_others)
+                tile_product(at_x, at_k + here, 32 * size, at_k + here, at_k + here, pairs, at_sums)
+                tile_product(at_y, at_v + here, 32 * size, at_v + here, at_v + here, pairs, at_others)
                 _masked(sums, until, closed, first, rows, group, c)
                 for m in range(ROWS):
                     normaliser, offset = normalisers[of_q + min(first + m, queries - 1)], offsets[m]
@@ -262,7 +262,7 @@ def attended_backward(task):
                             of_s[j] = _pair(narrow(others[m, at]), narrow(others[m + 1, at]))
             for c in range(size // 32):
                 here = at_k_pairs + 2 * c * keys * 32
-                tile_product(at_row, here, keys * 32, here, seen * 16, at_sums)
+                tile_product(at_row, here, keys * 32, here, here, seen * 16, at_sums)
                 for m in range(rows):
                     for j in range(32):
                         grad_q[of_q + first + m, c * 32 + j] = narrow(sums[m, j])
@@ -277,6 +277,7 @@ def attended_backward(task):
                     at_q_pairs + here,
                     half_queries * 64,
                     at_q_pairs + here,
+                    at_q_pairs + here,
                     half_queries - skipped,
                     at_sums,
                 )
@@ -284,6 +285,7 @@ def attended_backward(task):
                     at_p + left,
                     at_grad_pairs + here,
                     half_queries * 64,
+                    at_grad_pairs + here,
                     at_grad_pairs + here,
                     half_queries - skipped,
                     at_others,
@@ -359,7 +361,9 @@ def decoded(task):
                     x[i, m] = query[i]
             for c in range(seen):
                 here = at_keys + c * 64 * size
-                few_rows_product(at_x, here, 32 * size, here + 64 * size, pairs, at_scores + c * FEW * 128)
+                few_rows_product(
+                    at_x, here, 32 * size, here + 64 * size, here + 96 * size, pairs, at_scores + c * FEW * 128
+                )
             for m in range(rows):
                 for j in range(oldest % 32):
                     scores[0, m, j] = F32(-math.inf)
@@ -380,7 +384,15 @@ def decoded(task):
                 scores[0, m, 0] = total  # the weights are laid out already
             for c in range(size // 32):
                 here = at_values + 2 * c * blocks * 1024
-                few_rows_product(at_weights, here, blocks * 1024, here + 2 * blocks * 1024, seen * 16, at_sums)
+                few_rows_product(
+                    at_weights,
+                    here,
+                    blocks * 1024,
+                    here + 2 * blocks * 1024,
+                    here + 3 * blocks * 1024,
+                    seen * 16,
+                    at_sums,
+                )
                 for m in range(rows):
                     to = out[row * group + part + m]
                     for j in range(32):

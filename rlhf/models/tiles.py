@@ -38,7 +38,7 @@ def _product_of(rows: int):
     """The intrinsic `tile_product` for so many rows."""
 
     def emit(context, builder, signature, args):
-        x, packed, apart, ahead, pairs, out = args
+        x, packed, apart, *coming, pairs, out = args
         word, index = ir.IntType(32), ir.IntType(64)
         sums, words = ir.VectorType(ir.FloatType(), TILE), ir.VectorType(word, TILE)
         pairs_of = ir.VectorType(_BFloat(), 2 * TILE)
@@ -59,7 +59,7 @@ def _product_of(rows: int):
         for i in range(TILES):
             place = builder.add(line, builder.mul(index(i), apart))
             weights.append(builder.bitcast(builder.load(address(packed, place, words), align=4), pairs_of))
-            builder.call(prefetch, [address(ahead, place, ir.IntType(8)), word(0), word(2), word(1)])
+            builder.call(prefetch, [address(coming[i], line, ir.IntType(8)), word(0), word(2), word(1)])
         found = []
         for m in range(rows):
             pair = builder.load(address(x, builder.add(builder.mul(k, index(4 * rows)), index(4 * m)), word), align=4)
@@ -82,16 +82,16 @@ def _product_of(rows: int):
         return context.get_dummy_value()
 
     @intrinsic
-    def tile_product(_, x, packed, apart, following, pairs, out):
+    def tile_product(_, x, packed, apart, coming, also_coming, pairs, out):
         """rows x 32 float32 sums over `pairs` pairs of bfloat16, by the instruction that multiplies and adds two.
 
         Args:
             x: address of the rows, for each pair of columns those of all rows.
             packed: address of the first of two tiles; apart: bytes from it to the second.
-            following: address of two tiles whose way from memory begins now.
+            coming, also_coming: addresses of two tiles whose way from memory begins now.
             out: address of the sums.
         """
-        return types.void(*[types.int64] * 6), emit
+        return types.void(*[types.int64] * 7), emit
 
     return tile_product
 
@@ -126,7 +126,7 @@ def product(task):
     a, first, last = begin(task)
     num, width, columns = a[1], a[2], TILES * TILE
     outputs, parts, pairs = a[0] * columns, (num + ROWS - 1) // ROWS, width // 2
-    part_bytes, tiles_bytes = pairs * 4 * ROWS, pairs * 4 * columns
+    part_bytes, tile_bytes = pairs * 4 * ROWS, pairs * 4 * TILE
     x, out, bias = carray(words_at(a[3]), (num, pairs)), halves(a[6], num, outputs), floats(a[5], 1, outputs)[0]
     # Each thread lays the few rows of x out for itself, and has room for the sums after them.
     laid_out = a[7] + thread() * (parts * part_bytes + 4 * ROWS * columns)
@@ -138,9 +138,11 @@ def product(task):
     sums = floats(address, ROWS, columns)
     for tiles in range(first, last):
         for i in range(parts):
-            here = a[4] + tiles * tiles_bytes
-            ahead = here + tiles_bytes if i == 0 and tiles + 1 < last else here
-            tile_product(laid_out + i * part_bytes, here, pairs * 4 * TILE, ahead, pairs, address)
+            here = a[4] + tiles * 2 * tile_bytes
+            # The next tiles come while these are at work: one with the first part, one with the last.
+            coming = here + 2 * tile_bytes if tiles + 1 < last and i == 0 else here
+            also_coming = here + 3 * tile_bytes if tiles + 1 < last and i + 1 == parts else here
+            tile_product(laid_out + i * part_bytes, here, tile_bytes, coming, also_coming, pairs, address)
             for m in range(min(ROWS, num - i * ROWS)):
                 for j in range(columns):
                     total = sums[m, j] + bias[tiles * columns + j] if a[5] else sums[m, j]
