@@ -32,6 +32,14 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """(T, H) float32 x + y, with y bfloat16."""
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x)
+    run(kernels().added, len(x), x.numel(), x, y, x.shape[1], out)
+    return out
+
+
 def added_and_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(T, H) float32 x + y, with y bfloat16, and its norm as in `normed`."""
     x, y, (rows, width) = x.contiguous(), y.contiguous(), x.shape

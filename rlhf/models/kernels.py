@@ -63,6 +63,17 @@ def normed(task):
 
 
 @cfunc(TASK, **OPTIONS)
+def added(task):
+    """x, y (halves), width, out."""
+    a, first, last = begin(task)
+    width = a[3]
+    x, y, out = floats(a[1], a[0], width), halves(a[2], a[0], width), floats(a[4], a[0], width)
+    for t in range(first, last):
+        for i in range(width):
+            out[t, i] = x[t, i] + wide(y[t, i])
+
+
+@cfunc(TASK, **OPTIONS)
 def added_and_normed(task):
     """x, y (halves), weight, width, eps, total, out."""
     a, first, last = begin(task)

@@ -110,7 +110,7 @@ class Layer:
         output = self.output(attended)
         middle, states = between.added_and_normed(x, output, middle_norm.weight, middle_norm.variance_epsilon)
         gate_up = self.gate_up(states)
-        out = middle + self.down(between.gated(gate_up))
+        out = between.added(middle, self.down(between.gated(gate_up)))
         return out, Kept(packed if self.head_norms is not None else None, attended, middle, gate_up)
 
     def operands(self, x: Tensor, packed: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:

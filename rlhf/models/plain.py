@@ -29,6 +29,11 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * F.rms_norm(x, weight.shape, None, eps)
 
 
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, (T, H)."""
+    return x + y
+
+
 def added_and_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + y, (T, H), and its norm."""
     total = x + y
