@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from simple_parsing import ArgumentParser, DashVariant
 
-from rlhf.errors import LAST_WORDS, UserError
+from rlhf.errors import LAST_WORDS, UserError, leave
 from rlhf.flag_values import check_kinds, check_texts, closest, item_kind, shown, wanted
 from rlhf.paths import check_path
 from rlhf.untrusted import LARGEST_JSON
@@ -83,10 +83,13 @@ def launch(main: Callable[[Flags], Any], flags_class: type[Flags]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         for tell in LAST_WORDS:
             tell(str(error))
-        sys.exit(error.status)
+        leave(error.status)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
+        leave(130)
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # not loaded for a mistake in the flags
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # and with it its threads, which must not outlive the interpreter
 
 
 def _description(flags_class: type) -> str:

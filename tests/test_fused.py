@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf.models import fused, plain, products
+from rlhf.models import fused, plain, products, runtime
 from rlhf.trees.forest import Forest, Tree
 from rlhf.trees.masks import dense_blocks
 
@@ -122,6 +122,32 @@ def test_decoding(size, window):
     assert torch.equal(values, expected_values)
 
 
+@pytest.mark.parametrize(("kv_heads", "group", "size"), [(3, 3, 64), (2, 1, 32), (1, 5, 96)])
+@pytest.mark.parametrize("window", [None, 7, 33])
+def test_decoding_in_tiles(kv_heads, group, size, window):
+    needs_tiles()
+    lengths, num_samples = [1, 5, 31, 32, 33, 70], 2
+    num = len(lengths) * num_samples
+    prompts = [drawn(kv_heads, sum(lengths), size, seed=i).bfloat16() for i in (1, 2)]
+    buffers = fused.cached_in_tiles(*prompts, lengths, num_samples, 3)
+    keys, values = ([part for part in x.split(lengths, 1) for _ in range(num_samples)] for x in prompts)
+    places = torch.tensor(lengths).repeat_interleave(num_samples)
+    for step in range(3):
+        q, k, v = (
+            drawn(kv_heads, num, *rest, size, seed=10 * step + i, scale=scale).bfloat16()
+            for i, (rest, scale) in enumerate([((group,), 0.3), ((), 1.0), ((), 1.0)])
+        )
+        places = places + 1
+        found = fused.decoded_in_tiles(q, k, v, *buffers, places, window)
+        keys, values = (
+            [torch.cat([a, x[:, i, None]], 1) for i, a in enumerate(of)] for of, x in ((keys, k), (values, v))
+        )
+        for i in range(num):
+            seen = slice(max(0, int(places[i]) - (window or 1000)), None)
+            weights = (q[:, i].double() @ keys[i][:, seen].double().mT).softmax(-1)
+            near([found[i]], [(weights @ values[i][:, seen].double()).flatten()], steps=2)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 9, 23])
 @pytest.mark.parametrize("biased", [False, True])
 def test_products(rows, biased):
@@ -209,7 +235,7 @@ def test_attention_of_trees_shows_what_is_not_finite():
 
 
 def test_without_the_compiler_layers_run_as_torch_operations(monkeypatch):
-    monkeypatch.setattr(fused, "_kernels", lambda: None)
+    monkeypatch.setattr(fused, "kernels", lambda: None)
     x = drawn(2, 8)
     assert plain.operations(x, torch.ones(8), torch.bfloat16) is plain
     assert not fused.multiplies(torch.float32, torch.bfloat16, CPU)
@@ -223,14 +249,14 @@ def test_kernels_that_cannot_be_had_are_left_out(monkeypatch, recwarn, fault):
         raise fault
 
     monkeypatch.setattr("llvmlite.binding.add_symbol", fail)
-    assert fused._kernels.__wrapped__() is None
+    assert runtime.kernels.__wrapped__() is None
     said = [str(warning.message) for warning in recwarn]
     assert [("no locator" in line and "longer" in line) for line in said] == [True] * isinstance(fault, RuntimeError)
 
 
 def test_torch_on_another_runtime_has_none(monkeypatch):
-    monkeypatch.setattr(fused, "_openmp", lambda: None)
-    assert fused._kernels.__wrapped__() is None
+    monkeypatch.setattr(runtime, "openmp", lambda: None)
+    assert runtime.kernels.__wrapped__() is None
 
 
 @pytest.mark.parametrize(

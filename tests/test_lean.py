@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlhf import rollouts
-from rlhf.models import forward
+from rlhf.models import decode, forward, fused, lean
 from rlhf.models.forward import forest_states, packed_states
 from rlhf.models.lean import LeanTrunk
 from rlhf.models.policy import Policy
@@ -42,6 +42,8 @@ def ready(architecture: str, **options):
 class WholeForest:
     """Attention of a forest in the place of a step's keys and values."""
 
+    recordable = False
+
     def __init__(self, packed: Forest) -> None:
         self.packed = packed
 
@@ -57,9 +59,9 @@ def test_the_states_are_the_models_own(architecture, autocast):
     model, packed = ready(architecture), forest()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, _ = packed_states(model, packed)
-        lean = LeanTrunk.of(model, 8)
-        found = lean(packed.input_ids, packed.positions, WholeForest(packed))
-    assert lean.dtype == (torch.bfloat16 if autocast else torch.float32)
+        trunk = LeanTrunk.of(model, 8)
+        found = trunk(packed.input_ids, packed.positions, WholeForest(packed))
+    assert trunk.dtype == (torch.bfloat16 if autocast else torch.float32)
     if autocast:
         exact, _ = packed_states(model, packed)
         assert (found - exact).norm() < 1.2 * (expected - exact).norm()
@@ -83,12 +85,42 @@ def test_samples_are_those_of_the_models_own_trunk(architecture, monkeypatch):
     model = ready(architecture)
     policy = Policy(model, uses_trees=True)
     prompts = [tree[:n] for tree, n in ((forest().input_ids, 5), (forest().input_ids, 11))]
-    monkeypatch.setattr(rollouts, "GROWTH", 5)
-    lean = generate(policy, prompts, Sampling(12), num_samples=3)
+    monkeypatch.setattr(decode, "GROWTH", 5)
+    found = generate(policy, prompts, Sampling(12), num_samples=3)
     monkeypatch.setattr(rollouts.LeanTrunk, "of", lambda *_: None)
     plain = generate(policy, prompts, Sampling(12), num_samples=3)
-    assert all(map(torch.equal, lean.response_ids, plain.response_ids))
-    torch.testing.assert_close(torch.cat(lean.token_logps), torch.cat(plain.token_logps), rtol=0, atol=1e-5)
+    assert all(map(torch.equal, found.response_ids, plain.response_ids))
+    torch.testing.assert_close(torch.cat(found.token_logps), torch.cat(plain.token_logps), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not fused.multiplies(torch.float32, torch.bfloat16, torch.device("cpu")), reason="no AVX512-BF16")
+@pytest.mark.parametrize("architecture", LEAN)
+def test_a_recorded_step_is_the_step(architecture, monkeypatch):
+    """Bit for bit, as rows end and buffers grow; and the log-probabilities are those of a fresh forward pass."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = ready(architecture, **sizes, head_dim=32)
+    policy = Policy(model, uses_trees=True)
+    prompts = [forest().input_ids[:n] for n in (5, 11, 30)]
+    sampling = Sampling(75, stop_ids=(7, 8))
+    recorded = []
+    monkeypatch.setattr(decode, "GROWTH", 5)
+    monkeypatch.setattr(lean, "Step", lambda *given, make=lean.Step: recorded.append(make(*given)) or recorded[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = generate(policy, prompts, sampling, num_samples=3)
+        times = len(recorded)
+        monkeypatch.setattr(decode.TiledCache, "recordable", False)
+        expected = generate(policy, prompts, sampling, num_samples=3)
+    assert len(recorded) == times
+    assert (times > 3) == (architecture != "qwen3")  # whose norms of heads are no kernels
+    assert found.ended.any()
+    assert all(map(torch.equal, found.response_ids, expected.response_ids))
+    assert all(map(torch.equal, found.token_logps, expected.token_logps))
+    for i, (response, logps) in enumerate(zip(found.response_ids, found.token_logps, strict=True)):
+        ids = torch.cat([prompts[i // 3], response])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids[None]).logits[0, -len(response) - 1 : -1].float()
+        fresh = logits.log_softmax(-1).gather(1, response[:, None]).squeeze(1)
+        assert (logps - fresh).abs().mean() < 0.03  # the rounding of bfloat16, here and there
 
 
 def gradients(model, states, weights) -> dict[str, torch.Tensor]:

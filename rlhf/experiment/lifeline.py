@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from rlhf.errors import LAST_WORDS
+from rlhf.errors import LAST_WORDS, leave
 
 GRACE = 3.0
 """Seconds that a process has to end by itself (by an error of its own, or by the same one) once another is gone."""
@@ -134,6 +134,7 @@ class Lifeline:
             os._exit(1)
         self._hook(kind, error, trace)
         self.tell(f"{kind.__name__}: {error}")
+        leave(1)
 
 
 def hold(rank: int, world_size: int, broadcast: Callable[[Any], Any]) -> Lifeline | None:

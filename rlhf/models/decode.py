@@ -28,13 +28,14 @@ def cache_of(prefill: KeepingAttention, lengths: list[int], num_samples: int, *,
 
 
 class Cache:
-    """Buffers of keys and values, right-aligned so that all rows write one column.
+    """Buffers of keys and values, right-aligned so that all rows write one column; from one step to the next, addresses
+    and masks change.
 
     Buffers are (rows * kv_heads, columns, D), read whole: the columns that hold nothing yet are masked, since a part
     of a buffer would be copied before every product. Row b's tokens stand in columns starts[b] .. length - 1.
     """
 
-    in_tiles = False
+    recordable = False
 
     def __init__(self, prefill: KeepingAttention, lengths: list[int], num_samples: int) -> None:
         self.length = max(lengths)
@@ -117,7 +118,7 @@ class TiledCache:
         recorded: what a trunk keeps here for its next step; gone where the buffers are others.
     """
 
-    in_tiles = True
+    recordable = True
 
     def __init__(self, prefill: KeepingAttention, lengths: list[int], num_samples: int) -> None:
         self.lengths = torch.tensor(lengths).repeat_interleave(num_samples)

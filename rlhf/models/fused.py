@@ -175,8 +175,8 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """
     (rows, inputs), outputs = x.shape, len(packed)
     out = x.new_empty(rows, outputs)
-    # Of each thread: x in groups of 8 rows, and the sums of 8 rows and 32 columns.
-    scratch = torch.empty(torch.get_num_threads() * (-(-rows // 8) * inputs * 4 + 256))
+    # Of each thread: the sums of 8 rows and 32 columns, and up to 8 rows of x.
+    scratch = torch.empty(torch.get_num_threads() * (8 * 32 + 8 * inputs // 2))
     given = rows, inputs, x.contiguous(), packed, 0 if bias is None else bias, out, scratch
     run(tiles().product, outputs // COLUMNS, outputs * inputs, *given)
     return out

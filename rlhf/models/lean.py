@@ -56,7 +56,7 @@ class LeanTrunk:
         x = self.trunk.embed_tokens(input_ids)
         turn = turn_of(self.trunk, x, positions)
         with torch.autocast(x.device.type, enabled=False):
-            if not (cache.in_tiles and self.in_tiles):
+            if not (cache.recordable and self.in_tiles):
                 return self.states(x, turn, cache)
             if cache.recorded is None:
                 cache.recorded = Step(self, x, turn, cache)

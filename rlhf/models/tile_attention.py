@@ -28,7 +28,7 @@ from rlhf.models.compiled import (
     wide,
     words_at,
 )
-from rlhf.models.tiles import FEW, ROWS, TILE, few_rows_product, tile_product
+from rlhf.models.tiles import FEW, ROWS, TILE, few_rows_product, pairs_product, tile_product
 
 
 @njit(**OPTIONS)
@@ -93,12 +93,40 @@ def _masked(scores, until, closed, first, rows, group, c):
 
 @njit(**OPTIONS)
 def _eight_rows(source, base, group, jump, first, count, to):
-    """Up to 8 rows of words as the left factor (pairs, 8); rows as above."""
+    """Up to 8 rows of words, one after the other; rows as above."""
     for m in range(count):
         r = first + m
         row = source[base + r // group * jump + r % group]
-        for k in range(len(to)):
-            to[k, m] = row[k]
+        for k in range(row.size):
+            to[m, k] = row[k]
+
+
+@njit(**OPTIONS)
+def _weighed(scores, seen, m, weights, tops):
+    """exp of a query's scores less the largest, as bfloat16 in its row of weights; and that score, and the sum.
+
+    Scores are (blocks, rows, 32) floats. The largest is found column by column in `tops`, (32,) floats to work in, and
+    then by halves: one after the other, each comparison would wait for the last.
+    """
+    for j in range(32):
+        tops[j] = scores[0, m, j]
+    for c in range(1, seen):
+        row = scores[c, m]
+        for j in range(32):
+            tops[j] = row[j] if row[j] > tops[j] else tops[j]
+    half = 16
+    while half > 0:
+        for j in range(half):
+            tops[j] = tops[half + j] if tops[half + j] > tops[j] else tops[j]
+        half //= 2
+    top, total = tops[0], ZERO
+    for c in range(seen):
+        row, to = scores[c, m], weights[m, c * 32 : c * 32 + 32]
+        for j in range(32):
+            weight = ZERO if row[j] == F32(-math.inf) else exp(row[j] - top)
+            total += weight
+            to[j] = narrow(weight)
+    return top, total
 
 
 @cfunc(TASK, **OPTIONS)
@@ -118,7 +146,7 @@ def attended(task):
         halves(a[9], kv_heads * tokens, size),
     )
     out, normalisers = halves(a[10], all_q, size), floats(a[11], 1, all_q)[0]
-    scratch = a[12] + thread() * a[13] * 4
+    scratch, totals, tops = a[12] + thread() * a[13] * 4, np.empty(ROWS, F32), np.empty(32, F32)
     for job in range(thread(), a[0], threads()):
         start, stop, h = trees[job // kv_heads, 0], trees[job // kv_heads, 1], job % kv_heads
         count = stop - start
@@ -135,39 +163,30 @@ def attended(task):
             carray(numbers_at(at_until + blocks * 128), (blocks,)),
         )
         _ends_within(ends, start, count, until, closed)
-        x, weights = carray(words_at(at_x), (size // 2, ROWS)), carray(words_at(at_weights), (blocks * 16, ROWS))
+        x, weights = carray(words_at(at_x), (ROWS, size // 2)), halves(at_weights, ROWS, blocks * 32)
         sums, scores = floats(at_sums, ROWS, 32), carray(floats_at(at_scores), (blocks, ROWS, 32))
         for first in range(0, queries, ROWS):
-            rows = min(ROWS, queries - first)
-            _eight_rows(q, of_q, 1, 1, first, rows, x)
+            rows, left = min(ROWS, queries - first), a[7] + (of_q + first) * size * 2
+            if rows < ROWS:
+                _eight_rows(q, of_q, 1, 1, first, rows, x)
+                left = at_x
             seen = (first + rows - 1) // group // 32 + 1
             for c in range(seen):
                 here = scratch + c * 64 * size
-                tile_product(at_x, here, 32 * size, here, here, size // 2, at_scores + c * 1024)
+                tile_product(left, 2 * size, here, 32 * size, here, here, size // 2, at_scores + c * 1024)
                 _masked(scores[c], until, closed, first, rows, group, c)
             for m in range(rows):
-                top, total = F32(-math.inf), ZERO
-                for c in range(seen):
-                    row = scores[c, m]
-                    for j in range(32):
-                        top = row[j] if row[j] > top else top
-                for c in range(seen):
-                    row = scores[c, m]
-                    for j in range(32):
-                        row[j] = ZERO if row[j] == F32(-math.inf) else exp(row[j] - top)
-                        total += row[j]
-                    for j in range(16):
-                        weights[c * 16 + j, m] = _pair(narrow(row[2 * j]), narrow(row[2 * j + 1]))
+                top, total = _weighed(scores, seen, m, weights, tops)
                 normalisers[of_q + first + m] = top + F32(math.log(total))
-                scores[0, m, 0] = total  # the weights are laid out already
+                totals[m] = total
             for c in range(size // 32):
                 here = at_values + 2 * c * blocks * 1024
-                tile_product(at_weights, here, blocks * 1024, here, here, seen * 16, at_sums)
+                tile_product(at_weights, blocks * 64, here, blocks * 1024, here, here, seen * 16, at_sums)
                 for m in range(rows):
                     r = first + m
                     to = out[((start + r // group) * kv_heads + h) * group + r % group]
                     for j in range(32):
-                        to[c * 32 + j] = narrow(sums[m, j] / scores[0, m, 0])
+                        to[c * 32 + j] = narrow(sums[m, j] / totals[m])
 
 
 @cfunc(TASK, **OPTIONS)
@@ -226,12 +245,15 @@ def attended_backward(task):
         both = carray(words_at(at_p), (2 * keys * half_queries,))
         for i in range(len(both)):
             both[i] = 0
-        x, y = carray(words_at(at_x), (pairs, ROWS)), carray(words_at(at_y), (pairs, ROWS))
-        row = carray(words_at(at_row), (keys // 2, ROWS))
+        x, y = carray(words_at(at_x), (ROWS, pairs)), carray(words_at(at_y), (ROWS, pairs))
+        row = halves(at_row, ROWS, keys)
         sums, others = floats(at_sums, ROWS, 32), floats(at_others, ROWS, 32)
         for first in range(0, queries, ROWS):
             rows = min(ROWS, queries - first)
-            _eight_rows(q_words, of_q, 1, 1, first, rows, x)
+            left = a[7] + (of_q + first) * size * 2
+            if rows < ROWS:
+                _eight_rows(q_words, of_q, 1, 1, first, rows, x)
+                left = at_x
             _eight_rows(grad_words, of_out, group, kv_heads * group, first, rows, y)
             for m in range(rows):
                 place, offset = of_out + (first + m) // group * kv_heads * group + (first + m) % group, ZERO
@@ -241,8 +263,8 @@ def attended_backward(task):
             seen = (first + rows - 1) // group // 32 + 1
             for c in range(seen):
                 here = c * 64 * size
-                tile_product(at_x, at_k + here, 32 * size, at_k + here, at_k + here, pairs, at_sums)
-                tile_product(at_y, at_v + here, 32 * size, at_v + here, at_v + here, pairs, at_others)
+                tile_product(left, 2 * size, at_k + here, 32 * size, at_k + here, at_k + here, pairs, at_sums)
+                tile_product(at_y, 2 * size, at_v + here, 32 * size, at_v + here, at_v + here, pairs, at_others)
                 _masked(sums, until, closed, first, rows, group, c)
                 for m in range(ROWS):
                     normaliser, offset = normalisers[of_q + min(first + m, queries - 1)], offsets[m]
@@ -251,8 +273,7 @@ def attended_backward(task):
                         weight = ZERO if hidden else exp(sums[m, j] - normaliser)
                         sums[m, j] = weight
                         others[m, j] = ZERO if hidden else weight * (others[m, j] - offset)
-                    for j in range(16):
-                        row[c * 16 + j, m] = _pair(narrow(others[m, 2 * j]), narrow(others[m, 2 * j + 1]))
+                        row[m, c * 32 + j] = narrow(others[m, j])
                 for m in range(0, ROWS, 2):
                     for block in range(4):
                         of_p, of_s = p[c * 4 + block, (first + m) // 2], s[c * 4 + block, (first + m) // 2]
@@ -262,7 +283,7 @@ def attended_backward(task):
                             of_s[j] = _pair(narrow(others[m, at]), narrow(others[m + 1, at]))
             for c in range(size // 32):
                 here = at_k_pairs + 2 * c * keys * 32
-                tile_product(at_row, here, keys * 32, here, here, seen * 16, at_sums)
+                tile_product(at_row, keys * 2, here, keys * 32, here, here, seen * 16, at_sums)
                 for m in range(rows):
                     for j in range(32):
                         grad_q[of_q + first + m, c * 32 + j] = narrow(sums[m, j])
@@ -272,8 +293,9 @@ def attended_backward(task):
             left = first // ROWS * half_queries * 32 + skipped * 32
             for c in range(size // 32):
                 here = 2 * c * half_queries * 64 + skipped * 64
-                tile_product(
+                pairs_product(
                     at_s + left,
+                    0,
                     at_q_pairs + here,
                     half_queries * 64,
                     at_q_pairs + here,
@@ -281,8 +303,9 @@ def attended_backward(task):
                     half_queries - skipped,
                     at_sums,
                 )
-                tile_product(
+                pairs_product(
                     at_p + left,
+                    0,
                     at_grad_pairs + here,
                     half_queries * 64,
                     at_grad_pairs + here,
@@ -337,10 +360,11 @@ def decoded(task):
     values = halves(a[10], a[0] * (size // TILE) * blocks * 16, 2 * TILE)
     lengths, out = carray(ints_at(a[11]), (num,)), halves(a[13], a[0] * group, size)
     at_x = a[14] + thread() * a[15] * 4
-    at_weights, at_sums = at_x + pairs * FEW * 4, at_x + pairs * FEW * 4 + blocks * 64 * FEW
-    at_scores = at_sums + FEW * 32 * 4
-    x, weights = carray(words_at(at_x), (pairs, FEW)), carray(words_at(at_weights), (blocks * 16, FEW))
+    at_weights, at_sums = at_x + FEW * size * 2, at_x + FEW * size * 2 + FEW * blocks * 64
+    at_scores = at_sums + FEW * 128
+    x, weights = carray(words_at(at_x), (FEW, pairs)), halves(at_weights, FEW, blocks * 32)
     sums, scores = floats(at_sums, FEW, 32), carray(floats_at(at_scores), (blocks, FEW, 32))
+    totals, tops = np.empty(FEW, F32), np.empty(32, F32)
     for row in range(first, last):
         b, h = row // kv_heads, row % kv_heads
         new = lengths[b] - 1
@@ -358,42 +382,21 @@ def decoded(task):
             for m in range(rows):
                 query = q[(h * num + b) * group + part + m]
                 for i in range(pairs):
-                    x[i, m] = query[i]
+                    x[m, i] = query[i]
             for c in range(seen):
-                here = at_keys + c * 64 * size
-                few_rows_product(
-                    at_x, here, 32 * size, here + 64 * size, here + 96 * size, pairs, at_scores + c * FEW * 128
-                )
+                here, out_of = at_keys + c * 64 * size, at_scores + c * FEW * 128
+                few_rows_product(at_x, 2 * size, here, 32 * size, here + 64 * size, here + 96 * size, pairs, out_of)
             for m in range(rows):
                 for j in range(oldest % 32):
                     scores[0, m, j] = F32(-math.inf)
                 for j in range(new % 32 + 1, 32):
                     scores[seen - 1, m, j] = F32(-math.inf)
-                top, total = F32(-math.inf), ZERO
-                for c in range(seen):
-                    scored = scores[c, m]
-                    for j in range(32):
-                        top = scored[j] if scored[j] > top else top
-                for c in range(seen):
-                    scored = scores[c, m]
-                    for j in range(32):
-                        scored[j] = ZERO if scored[j] == F32(-math.inf) else exp(scored[j] - top)
-                        total += scored[j]
-                    for j in range(16):
-                        weights[c * 16 + j, m] = _pair(narrow(scored[2 * j]), narrow(scored[2 * j + 1]))
-                scores[0, m, 0] = total  # the weights are laid out already
+                _, totals[m] = _weighed(scores, seen, m, weights, tops)
             for c in range(size // 32):
-                here = at_values + 2 * c * blocks * 1024
-                few_rows_product(
-                    at_weights,
-                    here,
-                    blocks * 1024,
-                    here + 2 * blocks * 1024,
-                    here + 3 * blocks * 1024,
-                    seen * 16,
-                    at_sums,
-                )
+                here, apart = at_values + 2 * c * blocks * 1024, blocks * 1024
+                coming = here + 2 * apart
+                few_rows_product(at_weights, blocks * 64, here, apart, coming, coming + apart, seen * 16, at_sums)
                 for m in range(rows):
                     to = out[row * group + part + m]
                     for j in range(32):
-                        to[c * 32 + j] = narrow(sums[m, j] / scores[0, m, 0])
+                        to[c * 32 + j] = narrow(sums[m, j] / totals[m])

@@ -34,11 +34,11 @@ FEW = 4
 """Rows of the smaller product, for the query heads of one key head."""
 
 
-def _product_of(rows: int):
-    """The intrinsic `tile_product` for so many rows."""
+def _product_of(rows: int, *, in_pairs: bool = False):
+    """The intrinsic `tile_product` for so many rows of the left factor; `in_pairs`: laid out as [pair][row]."""
 
     def emit(context, builder, signature, args):
-        x, packed, apart, *coming, pairs, out = args
+        x, x_apart, packed, apart, *coming, pairs, out = args
         word, index = ir.IntType(32), ir.IntType(64)
         sums, words = ir.VectorType(ir.FloatType(), TILE), ir.VectorType(word, TILE)
         pairs_of = ir.VectorType(_BFloat(), 2 * TILE)
@@ -62,7 +62,11 @@ def _product_of(rows: int):
             builder.call(prefetch, [address(coming[i], line, ir.IntType(8)), word(0), word(2), word(1)])
         found = []
         for m in range(rows):
-            pair = builder.load(address(x, builder.add(builder.mul(k, index(4 * rows)), index(4 * m)), word), align=4)
+            if in_pairs:
+                place = builder.add(builder.mul(k, index(4 * rows)), index(4 * m))
+            else:
+                place = builder.add(builder.mul(x_apart, index(m)), builder.shl(k, index(2)))
+            pair = builder.load(address(x, place, word), align=4)
             one = builder.insert_element(ir.Constant(words, ir.Undefined), pair, word(0))
             everywhere = builder.bitcast(builder.shuffle_vector(one, one, ir.Constant(words, [0] * TILE)), pairs_of)
             found.append([builder.call(multiply_add, [totals[m][i], everywhere, weights[i]]) for i in range(TILES)])
@@ -82,21 +86,21 @@ def _product_of(rows: int):
         return context.get_dummy_value()
 
     @intrinsic
-    def tile_product(_, x, packed, apart, coming, also_coming, pairs, out):
+    def tile_product(_, x, x_apart, packed, apart, coming, also_coming, pairs, out):
         """rows x 32 float32 sums over `pairs` pairs of bfloat16, by the instruction that multiplies and adds two.
 
         Args:
-            x: address of the rows, for each pair of columns those of all rows.
+            x: address of the left factor; x_apart: bytes from a row to the next, unless it is in pairs.
             packed: address of the first of two tiles; apart: bytes from it to the second.
             coming, also_coming: addresses of two tiles whose way from memory begins now.
             out: address of the sums.
         """
-        return types.void(*[types.int64] * 7), emit
+        return types.void(*[types.int64] * 8), emit
 
     return tile_product
 
 
-tile_product, few_rows_product = _product_of(ROWS), _product_of(FEW)
+tile_product, few_rows_product, pairs_product = _product_of(ROWS), _product_of(FEW), _product_of(ROWS, in_pairs=True)
 
 
 @cfunc(TASK, **OPTIONS)
@@ -126,23 +130,21 @@ def product(task):
     a, first, last = begin(task)
     num, width, columns = a[1], a[2], TILES * TILE
     outputs, parts, pairs = a[0] * columns, (num + ROWS - 1) // ROWS, width // 2
-    part_bytes, tile_bytes = pairs * 4 * ROWS, pairs * 4 * TILE
+    tile_bytes = pairs * 4 * TILE
     x, out, bias = carray(words_at(a[3]), (num, pairs)), halves(a[6], num, outputs), floats(a[5], 1, outputs)[0]
-    # Each thread lays the few rows of x out for itself, and has room for the sums after them.
-    laid_out = a[7] + thread() * (parts * part_bytes + 4 * ROWS * columns)
-    to = carray(words_at(laid_out), (parts, pairs, ROWS))
-    for row in range(num):
-        for k in range(pairs):
-            to[row // ROWS, k, row % ROWS] = x[row, k]
-    address = laid_out + parts * part_bytes
-    sums = floats(address, ROWS, columns)
+    # Each thread has room for the sums, and for the last rows of x where they are fewer than 8.
+    address = a[7] + thread() * 4 * ROWS * (columns + pairs)
+    sums, last_rows = floats(address, ROWS, columns), carray(words_at(address + 4 * ROWS * columns), (ROWS, pairs))
+    for m in range(num % ROWS):
+        last_rows[m] = x[num - num % ROWS + m]
     for tiles in range(first, last):
         for i in range(parts):
+            left = a[3] + i * ROWS * width * 2 if (i + 1) * ROWS <= num else address + 4 * ROWS * columns
             here = a[4] + tiles * 2 * tile_bytes
             # The next tiles come while these are at work: one with the first part, one with the last.
             coming = here + 2 * tile_bytes if tiles + 1 < last and i == 0 else here
             also_coming = here + 3 * tile_bytes if tiles + 1 < last and i + 1 == parts else here
-            tile_product(laid_out + i * part_bytes, here, tile_bytes, coming, also_coming, pairs, address)
+            tile_product(left, width * 2, here, tile_bytes, coming, also_coming, pairs, address)
             for m in range(min(ROWS, num - i * ROWS)):
                 for j in range(columns):
                     total = sums[m, j] + bias[tiles * columns + j] if a[5] else sums[m, j]
