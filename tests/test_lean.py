@@ -111,7 +111,7 @@ def test_a_recorded_step_is_the_step(architecture, monkeypatch):
         monkeypatch.setattr(decode.TiledCache, "recordable", False)
         expected = generate(policy, prompts, sampling, num_samples=3)
     assert len(recorded) == times
-    assert (times > 3) == (architecture != "qwen3")  # whose norms of heads are no kernels
+    assert (times > 1) == (architecture != "qwen3")  # whose norms of heads are no kernels
     assert found.ended.any()
     assert all(map(torch.equal, found.response_ids, expected.response_ids))
     assert all(map(torch.equal, found.token_logps, expected.token_logps))
