@@ -406,7 +406,7 @@ def main(flags: PPOFlags) -> dict:
         ends = torch.ones(len(rows), dtype=torch.bool, device=run.device)
         return roles.critic(forest, value_index(forest, ends)).sum()
 
-    passes = [Pass(roles.actor, actor_loss), Pass(roles.critic, critic_loss)]
+    passes = [Pass(roles.critic, critic_loss), Pass(roles.actor, actor_loss)]
     sampling = rollout_bytes(run, roles.actor, prompts, flags.rollout_size)
     check_memory(run, passes, optimizers, prompts.split.prompt_lens + flags.max_new_tokens, rollout=sampling)
     run.open()
@@ -462,14 +462,15 @@ def main(flags: PPOFlags) -> dict:
                 given = {"rows": rows, "row_of": row_of, "tokens": tokens}
                 for batch in step.micro_batches(of_rows, actor, critic, **given):
                     batch.to(run.device)
-                    value_loss = value_losses(critic, batch, flags, step)
-                    step.backward(flags.vf_coeff * value_loss / num_values, name="critic")
+                    # No name for a loss: nodes of a graph that outlive it leave a CPU's heap full of holes.
+                    step.backward(
+                        flags.vf_coeff * value_losses(critic, batch, flags, step) / num_values, name="critic"
+                    )
                     batch.values = None
                     for experience in experiences:
                         experience.graph = None  # used up: the actor's pass has its room
                     if not warming_up:
-                        policy_loss = policy_losses(actor, batch, flags, step, ratios)
-                        step.backward(policy_loss / num_tokens, name="actor")
+                        step.backward(policy_losses(actor, batch, flags, step, ratios) / num_tokens, name="actor")
                     step.num_tokens += batch.forest.num_tokens
                 if flags.ptx_coef and not warming_up:
                     update = run.step_index * updates + epoch * mini_batches + start // mini_batch
