@@ -463,9 +463,7 @@ def main(flags: PPOFlags) -> dict:
                 for batch in step.micro_batches(of_rows, actor, critic, **given):
                     batch.to(run.device)
                     # No name for a loss: nodes of a graph that outlive it leave a CPU's heap full of holes.
-                    step.backward(
-                        flags.vf_coeff * value_losses(critic, batch, flags, step) / num_values, name="critic"
-                    )
+                    step.backward(flags.vf_coeff * value_losses(critic, batch, flags, step) / num_values, name="critic")
                     batch.values = None
                     for experience in experiences:
                         experience.graph = None  # used up: the actor's pass has its room

@@ -13,7 +13,8 @@ from rlhf.models.loading import Role
 def make_optimizer(role: Role, flags: Any, learning_rate: float) -> torch.optim.Optimizer:
     """Adam, AdamW or SGD over a role's own parameters; weight decay only on matrices that are not embeddings.
 
-    Each group keeps its peak rate as `initial_lr`, which the schedule multiplies.
+    Each group keeps its peak rate as `initial_lr`, which the schedule multiplies. Adam's moments are there at once:
+    those of a first update would come where its activations have been, and the next ones need new room.
     """
     embeddings = {id(m.weight) for m in role.modules() if isinstance(m, nn.Embedding)}
     parameters = list({id(p): p for p in role.own_parameters().values()}.values())
@@ -27,10 +28,16 @@ def make_optimizer(role: Role, flags: Any, learning_rate: float) -> torch.optim.
     if flags.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate)
     betas = (flags.optimizer_beta1, flags.optimizer_beta2)
+    settings = {"lr": learning_rate, "betas": betas, "eps": flags.optimizer_eps}
     if flags.optimizer == "adam_tf":
-        return TensorFlowAdam(groups, lr=learning_rate, betas=betas, eps=flags.optimizer_eps)
-    kind = torch.optim.AdamW if flags.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=learning_rate, betas=betas, eps=flags.optimizer_eps, fused=True)
+        optimizer = TensorFlowAdam(groups, **settings)
+    else:
+        kind = torch.optim.AdamW if flags.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(groups, **settings, fused=True)
+    for p in decayed + kept:
+        step = torch.zeros((), device="cpu" if flags.optimizer == "adam_tf" else p.device)
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 class TensorFlowAdam(torch.optim.Optimizer):
@@ -57,10 +64,7 @@ class TensorFlowAdam(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         for p in parameters:
-            state = self.state[p]
-            if not state:
-                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
+            self.state[p]["step"] += 1
         first = [self.state[p]["exp_avg"] for p in parameters]
         second = [self.state[p]["exp_avg_sq"] for p in parameters]
         torch._foreach_lerp_(first, grads, 1 - beta1)

@@ -1,6 +1,6 @@
 """Before the first step: how much memory the run will take at its peak, and whether its largest micro-batch fits.
 
-Weights are there already and are counted as they are; gradients and optimiser state follow from the parameters. What a
+Weights and optimiser state are there already and are counted as they are; gradients follow from the parameters. What a
 micro-batch takes beside them (activations, the logits of a chunk, casts of the weights) is measured on a quarter and on
 half of the largest one, forward and backward, and grows with its tokens from there. It falls while the gradients come,
 so it is measured apart for each parameter that has its gradient by then: where an update has one micro-batch, not all
@@ -37,8 +37,6 @@ from rlhf.trees.forest import Forest, Tree
 if TYPE_CHECKING:
     from rlhf.experiment.run import Run
 
-MOMENTS = {"adamw": 2, "adam": 2, "adam_tf": 2, "sgd": 0}
-"""Tensors of a parameter's size that each `--optimizer` keeps."""
 KERNELS = 200_000_000
 """Bytes of the kernels that oneDNN compiles for bf16 products on a CPU and keeps, one for each shape, up to 1,024 of
 them; 0.1 to 0.4 GB were seen."""
@@ -69,16 +67,17 @@ class Estimate:
     """Bytes at the run's peak.
 
     Attributes:
-        held: what the process holds now: itself, and the weights of all roles.
-        gradients, optimizer: of what is trained.
+        held: what the process holds now: itself, the weights of all roles, and the optimisers' state.
+        optimizer: that state.
+        gradients: of what is trained.
         activations: the most that a micro-batch's forward and backward pass takes beside gradients.
         rollout: what sampling takes: a copy of the weights in the dtype of products, keys and values, logits.
         peak: the largest sum of those that are there at one time.
     """
 
     held: int
-    gradients: int
     optimizer: int
+    gradients: int
     activations: int
     rollout: int
     peak: int
@@ -109,7 +108,7 @@ def check_memory(
             found = estimate(run, passes, optimizers, rows, tokens, rollout)
             _say(run, found, rows, int(tokens[rows].sum()))
             if wanted == "trial" or (wanted == "auto" and run.device.type == "cuda"):
-                waiting = found.optimizer + (found.gradients if _several(run, rows) else 0)
+                waiting = found.gradients if _several(run, rows) else 0
                 ballast = torch.empty(
                     waiting, dtype=torch.uint8, device=run.device
                 )  # on a CPU no page of it is touched
@@ -135,15 +134,14 @@ def estimate(
     states = [
         value for optimizer in optimizers.values() for of_one in optimizer.state.values() for value in of_one.values()
     ]
-    there = sum(value.nbytes for value in states if isinstance(value, Tensor))  # of a run that was resumed
+    optimizer = sum(value.nbytes for value in states if isinstance(value, Tensor))
     gradients = sum(p.nbytes for p in trained)
-    coming = max(0, MOMENTS[run.flags.optimizer] * gradients - there)
     laps, holes = _laps(run, passes, rows, tokens)
     activations = int(holes * max(lap.beside for lap in laps))
     micro_batch = gradients + activations if _several(run, rows) else int(holes * max(sum(lap) for lap in laps))
     mixed = run.device.type == "cpu" and run.precision != "32-true"
-    peak = held + coming + max(micro_batch, gradients, rollout) + (KERNELS if mixed else 0)
-    return Estimate(held, gradients, coming, activations, rollout, peak)
+    peak = held + max(micro_batch, gradients, rollout) + (KERNELS if mixed else 0)
+    return Estimate(held, optimizer, gradients, activations, rollout, peak)
 
 
 def _several(run: Run, rows: list[int]) -> bool:
@@ -221,14 +219,12 @@ def _rounds(run: Run, passes: Sequence[Pass], parts: Sequence[list[int]]) -> int
     """Train on these parts in turn, as a run does, but for the update; leaves no gradients.
 
     A block does not fit where one of its size was freed while a small one, of a tensor that lives longer, lies in the
-    room that its alignment needs. Such are left by passes without a graph, as of a reference; by gradients of one role
-    in the pass of the next; and for good by the optimiser's state, which comes where the first pass has been.
+    room that its alignment needs. Such are left by passes without a graph, as of a reference, and by gradients of one
+    role in the pass of the next.
 
     Returns:
-        bytes that the process holds at the end, without that state.
+        bytes that the process holds at the end.
     """
-    parameters = list(dict.fromkeys(p for one in passes for p in one.role.parameters() if p.requires_grad))
-    state: list[Tensor] = []
     for i in range(ROUNDS):
         part = parts[i % len(parts)]
         with run.fabric.autocast():
@@ -237,11 +233,10 @@ def _rounds(run: Run, passes: Sequence[Pass], parts: Sequence[list[int]]) -> int
                     one.loss(part)
             for one in passes:
                 run.fabric.backward(one.loss(part))
-        if i == 0:
-            state = [torch.zeros_like(p) for p in parameters for _ in range(MOMENTS[run.flags.optimizer])]
-        for parameter in parameters:
-            parameter.grad = None
-    return (held_memory(run.device) or 0) - sum(value.nbytes for value in state)
+        for one in passes:
+            for parameter in one.role.parameters():
+                parameter.grad = None
+    return held_memory(run.device) or 0
 
 
 def rollout_bytes(run: Run, actor: Policy, prompts: Prompts, num_responses: int) -> int:
@@ -275,7 +270,6 @@ def _say(run: Run, found: Estimate, rows: list[int], num_tokens: int) -> None:
     free = free_memory(run.device)
     parts = {
         "gradients": found.gradients,
-        "optimiser": found.optimizer,
         f"the largest micro-batch ({len(rows)} rows, {num_tokens:,} tokens)": found.activations,
         "sampling": found.rollout,
     }
@@ -285,7 +279,7 @@ def _say(run: Run, found: Estimate, rows: list[int], num_tokens: int) -> None:
     of = "" if room is None else f" of {_gb(room)} GB that this process may have"
     run.say(
         f"{run.script}: about {_gb(found.peak)} GB at the peak{of}: {_gb(found.held)} held now (the weights of all "
-        f"roles among them), {listed}"
+        f"roles and {_gb(found.optimizer)} of the optimiser's state among them), {listed}"
     )
     if room is not None and found.peak > room:
         run.say(f"warning: about {_gb(found.peak)} GB will not fit into {_gb(room)} GB; {REMEDIES}")
