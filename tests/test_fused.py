@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,6 +234,38 @@ def test_attention_of_trees_shows_what_is_not_finite():
     grad = fused.attended_backward(torch.ones_like(out), q, k, k, out, normalisers, forest)[0]
     assert grad[0, 2:5].isnan().all()
     assert grad[0, 5:].isfinite().all()
+
+
+def test_a_recording_runs_again_on_what_its_tensors_hold_then():
+    x, y, weight = drawn(3, 48), drawn(3, 48, seed=1).bfloat16(), drawn(48)
+    with runtime.recording() as made:
+        total, states = fused.added_and_normed(x, y, weight, EPS)
+        again = fused.normed(total, weight, EPS)
+    fused.added(x, y)  # outside: no part of it
+    x.copy_(drawn(3, 48, seed=2))
+    expected = fused.added_and_normed(x, y, weight, EPS)
+    made()
+    assert all(map(torch.equal, (total, states, again), (*expected, expected[1])))
+
+
+def test_threads_record_apart():
+    x, weight, found = drawn(2, 8), torch.ones(8), []
+
+    def beside() -> None:
+        with runtime.recording() as made:
+            found.append(fused.normed(x, weight, EPS))
+            found.append(made)
+
+    with runtime.recording() as mine:
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+    states, made = found
+    states.zero_()
+    mine()
+    assert not states.any()
+    made()
+    assert states.any()
 
 
 def test_without_the_compiler_layers_run_as_torch_operations(monkeypatch):

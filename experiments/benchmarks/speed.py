@@ -73,11 +73,11 @@ class SpeedFlags:
     """Runs of each side, in turn."""
     steps: int = 10
     """Steps timed in each run."""
-    warmup: int = 2
-    """Steps before these."""
+    warmup: int = 3
+    """Steps before these: the first ones page in a process's memory, on either side."""
     ppo_steps: int = 3
     """Steps timed in each run of PPO, rollouts and GRPO."""
-    ppo_warmup: int = 1
+    ppo_warmup: int = 2
     """Steps before these."""
     batch: int = 8
     """Rows or pairs of a step; GRPO: responses to one prompt."""

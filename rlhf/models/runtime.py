@@ -12,6 +12,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -110,18 +111,19 @@ class Recording:
             _start(kernels().in_turn, self._task, self.threads)
 
 
-_recording: Recording | None = None
+_recording: ContextVar[Recording | None] = ContextVar("recording", default=None)
+"""Of this thread: others may sample beside it."""
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
     """Within it, what `run` runs is also recorded."""
-    global _recording
-    before, _recording = _recording, Recording()
+    made = Recording()
+    token = _recording.set(made)
     try:
-        yield _recording
+        yield made
     finally:
-        _recording = before
+        _recording.reset(token)
 
 
 def run(kernel: Any, rows: int, elements: int, *arguments: Tensor | int | float) -> None:
@@ -134,8 +136,9 @@ def run(kernel: Any, rows: int, elements: int, *arguments: Tensor | int | float)
     """
     task = (ctypes.c_int64 * (len(arguments) + 1))(rows, *map(_word, arguments))
     _start(kernel, task, torch.get_num_threads() if elements >= MIN_PARALLEL else 1)
-    if _recording is not None:
-        _recording.add(kernel, task, arguments)
+    made = _recording.get()
+    if made is not None:
+        made.add(kernel, task, arguments)
 
 
 def _start(kernel: Any, task: ctypes.Array, threads: int) -> None:
