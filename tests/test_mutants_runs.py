@@ -11,6 +11,7 @@ from tests.test_mutants import Mutant, assert_not_stale, assert_noticed
 CHECKPOINTS = "tests/test_checkpoints.py::"
 GUARDS = "tests/test_guards.py::"
 LOGS = "tests/test_disk.py::test_c23_"
+MOMENTS = "tests/test_preflight.py::test_the_moments_are_there_from_the_start"
 NONFINITE = "tests/test_nonfinite.py::test_c25_rows_of_dense_quantities_and_of_whole_micro_batches"
 PREFLIGHT = "tests/test_preflight.py::test_a_micro_batch_is_as_large_as_its_parts_say"
 SIGNALS = "tests/test_signals.py::test_each_signal_asks_for_its_own_and_gets_its_handler_back"
@@ -72,7 +73,7 @@ MUTANTS = [
     Mutant("rlhf/experiment/preflight.py", "(sizes[2] - sizes[0]) /", "sizes[2] /", (PREFLIGHT,)),
     Mutant("rlhf/experiment/preflight.py", "gradients + activations if", "activations if", (PREFLIGHT,)),
     Mutant("rlhf/experiment/preflight.py", "holes = max(1.0,", "holes = min(1.0,", (PREFLIGHT,)),
-    Mutant("rlhf/experiment/preflight.py", '"adamw": 2', '"adamw": 1', (PREFLIGHT,)),
+    Mutant("rlhf/experiment/optimizers.py", "optimizer.state[p] = _moments(p, p.device)", "pass", (MOMENTS,)),
     # A save that stops the run; a handler that stays.
     Mutant("rlhf/experiment/signals.py", "self.save = True", "self.save = self.stop = True", (SIGNALS,)),
     Mutant("rlhf/experiment/signals.py", "signal.signal(number, handler)", "pass", (SIGNALS,)),

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from rlhf import masked, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_online_dpo, rlhf_ppo, rlhf_rm, rlhf_sft, rollouts
 from rlhf.errors import UserError
 from rlhf.experiment import devices, metrics, preflight
+from rlhf.experiment.optimizers import make_optimizer
 from rlhf.experiment.preflight import Lap
 from rlhf.memory import LivePeak, free_memory, held_memory
 from rlhf.trees.batches import cut, largest_micro_batch, rows_of_rank, rows_of_step
@@ -187,6 +189,34 @@ def test_a_micro_batch_is_as_large_as_its_parts_say(monkeypatch):
     flags.mini_batch_size = 8
     found = preflight.estimate(run, [], {"optimizer": optimizer}, [0, 1, 2, 3], tokens, rollout=0)
     assert found.peak == 1000 + 120 + 2 * (100 + 3 * 80)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adam_tf"])
+def test_the_moments_are_there_from_the_start(name):
+    """Below all activations, and what torch's own would be: three steps are bit for bit those of an optimiser whose
+    state comes with the first."""
+    ours, theirs = (nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    flags = SimpleNamespace(
+        optimizer=name, weight_decay=0.1, optimizer_beta1=0.9, optimizer_beta2=0.99, optimizer_eps=1e-8
+    )
+    roles = [
+        SimpleNamespace(modules=module.modules, own_parameters=lambda of=module: dict(of.named_parameters()))
+        for module in (ours, theirs)
+    ]
+    optimizers = [make_optimizer(role, flags, 0.1) for role in roles]
+    state = optimizers[0].state
+    assert {p: {key: value.shape for key, value in state[p].items()} for p in ours.parameters()} == {
+        p: {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in ours.parameters()
+    }
+    if name != "adam_tf":
+        optimizers[1].state.clear()
+    for _ in range(3):
+        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
 def test_with_few_gradients_holes_are_measured_on_rounds_of_training(monkeypatch):

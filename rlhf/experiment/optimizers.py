@@ -30,14 +30,21 @@ def make_optimizer(role: Role, flags: Any, learning_rate: float) -> torch.optim.
     betas = (flags.optimizer_beta1, flags.optimizer_beta2)
     settings = {"lr": learning_rate, "betas": betas, "eps": flags.optimizer_eps}
     if flags.optimizer == "adam_tf":
-        optimizer = TensorFlowAdam(groups, **settings)
-    else:
-        kind = torch.optim.AdamW if flags.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, **settings, fused=True)
-    for p in decayed + kept:
-        step = torch.zeros((), device="cpu" if flags.optimizer == "adam_tf" else p.device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return TensorFlowAdam(groups, **settings)
+    kind = torch.optim.AdamW if flags.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(groups, **settings, fused=True)
+    for p in parameters:
+        optimizer.state[p] = _moments(p, p.device)
     return optimizer
+
+
+def _moments(p: Tensor, device: torch.device | str) -> dict[str, Tensor]:
+    """A parameter's state before the first step, as torch's Adam has it; the count of steps on `device`."""
+    return {
+        "step": torch.zeros((), device=device),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }
 
 
 class TensorFlowAdam(torch.optim.Optimizer):
@@ -52,6 +59,9 @@ class TensorFlowAdam(torch.optim.Optimizer):
 
     def __init__(self, params, *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = _moments(p, "cpu")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
