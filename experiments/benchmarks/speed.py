@@ -1,7 +1,7 @@
 """Seconds a step, tokens a second and memory of every stage, beside TRL's trainers and transformers' `generate`.
 
     bash experiments/benchmarks/speed.sh --model_name=HuggingFaceTB/SmolLM2-135M --data_file=pairs.jsonl.gz
-    bash experiments/benchmarks/speed.sh --model_name=models/smollm2 --data_dir=data/hh --scaling=True --stages
+    bash experiments/benchmarks/speed.sh --model_name=models/smollm2 --data_dir=data/hh --scaling=True --stages none
 
 Each stage runs on both sides in turn (A B A B …), every run in a process of its own, on the same rows in the same
 order, from the same weights, in the same precision (bf16 products over float32 weights), with fused AdamW, the same
@@ -36,7 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class SpeedFlags:
     data_file: str | None = None
     """Instead: pairs of dialogues as data_prep/helpful_harmless/prepare_data.py reads them, or the word sample."""
     stages: list[str] = field(default_factory=lambda: list(speed_work.STAGES))
-    """Which of sft, rm, dpo, ppo, rollouts, dpo_long, kto, grpo and grpo_long; may be empty beside --scaling."""
+    """Which of sft, rm, dpo, ppo, rollouts, dpo_long, kto, grpo and grpo_long; none beside --scaling."""
     pairs_of_runs: int = 5
     """Runs of each side, in turn."""
     steps: int = 10
@@ -122,6 +122,8 @@ def main(flags: SpeedFlags) -> dict[str, Any]:
         UserError: an unknown stage, no data or no usable rows, or a run that failed.
     """
     check_positive(flags, "pairs_of_runs", "steps", "ppo_steps", "batch", "ppo_batch", "new_tokens", "scaling_rows")
+    if flags.stages == ["none"] and flags.scaling:
+        flags = replace(flags, stages=[])
     unknown = sorted(set(flags.stages) - set(speed_work.STAGES))
     if unknown:
         raise UserError(f"--stages: {unknown[0]!r} is not one of {', '.join(speed_work.STAGES)}")
