@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 KERNELS = 200_000_000
 """Bytes of the kernels that oneDNN compiles for bf16 products on a CPU and keeps, one for each shape, up to 1,024 of
 them; 0.1 to 0.4 GB were seen."""
-
-
 FEW = 0.1
 """Gradients of less than this share of half a micro-batch's activations leave a heap whose holes decide."""
 ROUNDS = 4

@@ -1,4 +1,4 @@
-"""A decoder layer of Llama-like models in few operations: the arithmetic that sampling and training share.
+"""A decoder layer of Llama-like models in few operations: what sampling (`lean.py`) and training (`trained.py`) share.
 
 Projections that have one input are one matrix product, and what runs in autocast's dtype is cast once. The numbers
 are those of the model's own forward pass, rounding included: residual stream and norms in its dtype, products in

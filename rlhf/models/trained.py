@@ -3,8 +3,7 @@
 Autograd over transformers' layers keeps every intermediate result, adds up the gradients of each projection's input
 apart, and takes two or three passes over memory where one does. Here a layer keeps its input, the residual stream in
 its middle, attention's operands and the gated layer's, and computes norms and activation again in the backward pass.
-A training step then needs a quarter to nearly half less memory. The forward pass is `rlhf/models/layers.py`, that of
-sampling.
+A training step then needs a quarter to nearly half less memory. The forward pass is `Layer` of `rlhf/models/layers.py`.
 """
 
 from __future__ import annotations
