@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf.models import fused
+
 CHUNK_BYTES = 2**27
 """Products of one chunk: large enough that the weight's gradient is seldom made in more than one piece."""
 PART_ELEMENTS = 2**20
@@ -74,28 +76,19 @@ class _ChunkedLogps(torch.autograd.Function):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-            normalisers, entropies = torch.empty_like(logps), torch.zeros_like(logps)
+            logps, normalisers, entropies = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
             for chunk in _slices(0, len(hidden), chunk_rows):
                 products = F.linear(hidden[chunk], weight, bias)
-                for rows, part in _parts(chunk, products):
-                    logits, _ = _logits(part, scale, softcap, wide)
-                    logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
-                    top = logits.amax(-1, keepdim=True)
-                    if entropy:
-                        exps = (logits - top).exp_()
-                        total = exps.sum(-1)
-                        entropies[rows] = -exps.mul_(logits).sum(-1) / total
-                    else:
-                        total = logits.sub_(top).exp_().sum(-1)
-                        if collision:
-                            entropies[rows] = logits.square_().sum(-1).log_() - 2 * total.log()
-                    normalisers[rows] = total.log_().add_(top.squeeze(-1))
+                if _in_kernels(products, softcap, collision):
+                    numbers = fused.logps(products, targets[chunk], scale)
+                    logps[chunk], normalisers[chunk], entropies[chunk] = numbers
+                else:
+                    for rows, part in _parts(chunk, products):
+                        logits, _ = _logits(part, scale, softcap, wide)
+                        numbers = _numbers_of(logits, targets[rows], entropy, collision)
+                        logps[rows], normalisers[rows], entropies[rows] = numbers
                 if chunk.start == 0 and any(ctx.needs_input_grad):
                     ctx.kept = products
-            logps -= normalisers
-            if entropy:
-                entropies += normalisers
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -105,6 +98,8 @@ class _ChunkedLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_entropies):
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if not ctx.entropy:
+            grad_entropies = torch.zeros_like(grad_logps)
         wide = normalisers.dtype
         grad_hidden = torch.empty_like(hidden, dtype=ctx.dtypes[0]) if need_hidden else None
         grad_weight = grad_bias = None
@@ -112,24 +107,28 @@ class _ChunkedLogps(torch.autograd.Function):
             products, ctx.kept = ctx.kept, None  # written over below, so it serves once
             if products is None:
                 products = F.linear(hidden[chunk], weight, bias)
-            for rows, part in _parts(chunk, products):
-                logits, capped = _logits(part, ctx.scale, ctx.softcap, wide)
-                log_probabilities = logits.sub_(normalisers[rows, None])
-                if ctx.entropy:
-                    probabilities = log_probabilities.exp()
-                    # dH/dlogit = -p (log p + H)
-                    factor = (log_probabilities + entropies[rows, None]).mul_(-grad_entropies[rows, None])
-                    grad = probabilities.mul_(factor.sub_(grad_logps[rows, None]))
-                else:
-                    grad = log_probabilities.exp_().mul_(-grad_logps[rows, None])
-                grad.scatter_add_(-1, targets[rows, None], grad_logps[rows, None])
-                if ctx.scale != 1.0:
-                    grad.mul_(ctx.scale)
-                if capped is not None:
-                    grad.mul_(1 - (capped / ctx.softcap).square_())
-                if bias is not None and need_bias:
-                    grad_bias = _plus(grad_bias, grad.sum(0))
-                part.copy_(grad)
+            if _in_kernels(products, ctx.softcap) and not need_bias:
+                numbers = normalisers[chunk], entropies[chunk], grad_logps[chunk], grad_entropies[chunk]
+                fused.logps_backward(products, targets[chunk], ctx.scale, *numbers)
+            else:
+                for rows, part in _parts(chunk, products):
+                    logits, capped = _logits(part, ctx.scale, ctx.softcap, wide)
+                    log_probabilities = logits.sub_(normalisers[rows, None])
+                    if ctx.entropy:
+                        probabilities = log_probabilities.exp()
+                        # dH/dlogit = -p (log p + H)
+                        factor = (log_probabilities + entropies[rows, None]).mul_(-grad_entropies[rows, None])
+                        grad = probabilities.mul_(factor.sub_(grad_logps[rows, None]))
+                    else:
+                        grad = log_probabilities.exp_().mul_(-grad_logps[rows, None])
+                    grad.scatter_add_(-1, targets[rows, None], grad_logps[rows, None])
+                    if ctx.scale != 1.0:
+                        grad.mul_(ctx.scale)
+                    if capped is not None:
+                        grad.mul_(1 - (capped / ctx.softcap).square_())
+                    if need_bias:
+                        grad_bias = _plus(grad_bias, grad.sum(0))
+                    part.copy_(grad)
             if need_hidden:
                 grad_hidden[chunk] = (products @ weight).to(ctx.dtypes[0])
             if need_weight:
@@ -142,6 +141,25 @@ class _ChunkedLogps(torch.autograd.Function):
             grad_bias.to(ctx.dtypes[2]) if grad_bias is not None else None,
             *[None] * 7,
         )
+
+
+def _in_kernels(products: Tensor, softcap: float | None, collision: bool = False) -> bool:
+    """Whether log-probabilities and their gradient come from a kernel's one pass over the products."""
+    return softcap is None and not collision and fused.usable(torch.float32, products.dtype, products.device)
+
+
+def _numbers_of(logits: Tensor, targets: Tensor, entropy: bool, collision: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(R,) log-probabilities, normalisers, and entropies, log collisions or zeros; the logits are written over."""
+    chosen, top = logits.gather(-1, targets[:, None]).squeeze(-1), logits.amax(-1, keepdim=True)
+    if entropy:
+        exps = (logits - top).exp_()
+        total = exps.sum(-1)
+        normalisers = total.log() + top.squeeze(-1)
+        return chosen - normalisers, normalisers, normalisers - exps.mul_(logits).sum(-1) / total
+    total = logits.sub_(top).exp_().sum(-1)
+    normalisers = total.log() + top.squeeze(-1)
+    second = logits.square_().sum(-1).log_() - 2 * total.log() if collision else torch.zeros_like(total)
+    return chosen - normalisers, normalisers, second
 
 
 def _slices(start: int, stop: int, size: int) -> list[slice]:

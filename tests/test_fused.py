@@ -167,6 +167,7 @@ FORESTS = {
     "branches": [(5, 3, 4), (1, 2, 2, 9), (33, 1, 40)],
     "empty segments": [(6, 0, 5), (3,)],
     "over a block": [(31, 2, 1), (64, 30, 35), (95,)],
+    "many branches": [(45, *range(1, 40)), (70, 33, 64, 31, 90)],
 }
 
 
@@ -192,8 +193,40 @@ def test_attention_of_trees(trees, kv_heads, group, size):
         assert (own - exact).norm() <= (rounded - exact).norm() + 1e-5 * own.numel() ** 0.5
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+@pytest.mark.parametrize("width", [1, 31, 512, 1601])
+def test_log_probabilities(width, scale):
+    """Values, entropies and both gradients, those of the same rounded numbers in float64."""
+    rows = 5
+    numbers, targets = drawn(rows, width, scale=4.0).bfloat16(), torch.arange(rows) % width
+    exact = numbers.double().requires_grad_()
+    log_probabilities = (scale * exact).log_softmax(-1)
+    expected = log_probabilities[range(rows), targets], torch.special.entr(log_probabilities.exp()).sum(-1)
+    logps, normalisers, entropies = fused.logps(numbers, targets, scale)
+    for found, wanted in zip((logps, entropies), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=5e-6)
+    grads = drawn(rows, seed=1), drawn(rows, seed=2)
+    for of_entropy in (grads[1], torch.zeros(rows)):
+        (wanted,) = torch.autograd.grad(expected, exact, (grads[0], of_entropy), retain_graph=True)
+        found = numbers.clone()
+        fused.logps_backward(found, targets, scale, normalisers, entropies, grads[0], of_entropy)
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2e-6)
+
+
+def test_log_probabilities_show_what_is_not_finite():
+    numbers = drawn(4, 600).bfloat16()
+    numbers[1, 5], numbers[2, 599], numbers[3, 7] = float("nan"), -float("nan"), float("inf")
+    logps, normalisers, entropies = fused.logps(numbers, torch.zeros(4, dtype=torch.long), 1.0)
+    for found in (logps, normalisers, entropies):
+        assert found[0].isfinite()
+        assert found[1:].isnan().all()
+    fused.logps_backward(numbers, torch.zeros(4, dtype=torch.long), 1.0, normalisers, entropies, *torch.ones(2, 4))
+    assert numbers[0].isfinite().all()
+    assert numbers[1:].isnan().all()
+
+
 def test_attention_says_what_it_does_not_serve():
-    short, long = (Forest([Tree.of(torch.zeros(n, dtype=torch.long))]) for n in (9, fused.LARGEST_TREE + 1))
+    short, long = (Forest([Tree.of(torch.zeros(n, dtype=torch.long))]) for n in (9, fused.LONGEST_PATH + 1))
     assert fused.attends(short, 64)
     assert not fused.attends(short, 48)
     assert not fused.attends(long, 64)

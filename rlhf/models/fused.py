@@ -9,6 +9,7 @@ run as torch operations.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.models.runtime import kernels, run, tile_attention, tiles
@@ -106,6 +107,32 @@ def rotated_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, turn: Turn,
     return out
 
 
+def logps(products: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of `targets` (R,) under logits `scale` * products, bfloat16 (R, V).
+
+    Returns:
+        (R,) float32 three times: these; logs of the sums of exponentials; entropies in nats.
+    """
+    rows, width = products.shape
+    found = tuple(products.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    given = products.contiguous(), targets.contiguous(), width, scale
+    run(kernels().logps, rows, products.numel(), *given, *found)
+    return found
+
+
+def logps_backward(
+    products: Tensor, targets: Tensor, scale: float, normalisers: Tensor, entropies: Tensor, *grads: Tensor
+) -> None:
+    """Put the gradient of `products`, contiguous, in their place.
+
+    Args:
+        normalisers, entropies: of `logps`, contiguous; grads: (R,) float32, of its log-probabilities and entropies.
+    """
+    (rows, width), grads = products.shape, [grad.contiguous() for grad in grads]
+    given = products, targets.contiguous(), width, scale, normalisers, entropies, *grads
+    run(kernels().logps_backward, rows, products.numel(), *given)
+
+
 def decoded(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, starts: Tensor, length: int, window: int | None
 ) -> Tensor:
@@ -182,13 +209,13 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-LARGEST_TREE = 512
-"""Tokens of a tree up to which `attended` serves; in larger ones oneDNN's products are faster than what they mask."""
+LONGEST_PATH = 512
+"""Tokens from root to leaf up to which `attended` serves; over longer paths oneDNN's products are the faster ones."""
 
 
 def attends(forest: Forest, size: int) -> bool:
     """Whether `attended` serves these trees and this size of heads, where `multiplies` says that it can run."""
-    return size % COLUMNS == 0 and all(stop - start <= LARGEST_TREE for start, stop in forest.trees)
+    return size % COLUMNS == 0 and int(forest.positions.max()) < LONGEST_PATH
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, Tensor]:
@@ -200,7 +227,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> tuple[Tensor, T
     kv_heads, num, group, size = q.shape
     out, normalisers = q.new_empty(num, kv_heads, group, size), q.new_empty(q.shape[:3], dtype=torch.float32)
     keys = -(-_longest(forest) // 32) * 32
-    words = keys * size + size * 4 + keys * 4 + 256 + keys * 8 + keys + keys // 32
+    words = keys * size + size * 4 + keys * 4 + 512 + keys * 8 + keys + 3 * keys // 32
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     given = *_places(forest), num, kv_heads, group, size, q, k, v, out, normalisers, scratch, words
     run(tile_attention().attended, forest.num_trees * kv_heads, q.numel() * keys, *given)
@@ -217,12 +244,13 @@ def attended_backward(
     words = (
         3 * keys * size // 2
         + 2 * half_queries * size
-        + 2 * keys * half_queries
         + size * 8
         + keys * 4
-        + 512
+        + 768
         + keys
-        + keys // 32
+        + 3 * keys // 32
+        + 3 * keys // 8
+        + 16 * _pairs_seeing(forest, group)
     )
     scratch = torch.empty(torch.get_num_threads(), words, dtype=torch.int32)
     operands = q, k, v, out, normalisers, grad.contiguous(), grad_q, grad_k, grad_v
@@ -272,6 +300,19 @@ def decoded_in_tiles(
     given = *sizes, q, k, v, blocks, keys, values, lengths, window or blocks * KEYS, out, scratch, words
     run(tile_attention().decoded, num * kv_heads, keys.numel(), *given)
     return out
+
+
+def _pairs_seeing(forest: Forest, group: int) -> int:
+    """Pairs of queries from 8 keys to the end of their subtrees, over all keys of a tree: the most of any tree."""
+    key = ("pairs seeing", group)
+    if key not in forest._cache:
+        found = [0]
+        for start, stop in forest.trees:
+            ends = F.pad(forest.end[start:stop] - start, (0, -(stop - start) % 32)).view(-1, 8).amax(1)
+            begins = torch.arange(len(ends)) * 8 * group // 2
+            found.append(int(((ends * group + 7) // 8 * 4 - begins).clamp(min=0).sum()))
+        forest._cache[key] = max(found)
+    return forest._cache[key]
 
 
 def _longest(forest: Forest) -> int:

@@ -1,4 +1,5 @@
-"""What lies between the matrix products of a decoder layer, one pass over memory each, and what decoding is made of.
+"""What lies between the matrix products of a decoder layer and after its head, one pass over memory each, and what
+decoding is made of.
 
 Compiled for the processor by numba and kept beside this file (or in numba's cache folder), so made once for a machine.
 How tasks are given is told in `rlhf/models/compiled.py`.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from numba import carray, cfunc, njit
 
 from rlhf.models.compiled import (
@@ -204,6 +206,70 @@ def rotated_backward(task):
             out, g = packed[here + heads + kv_heads + h], v[h * rows + t]
             for i in range(size):
                 out[i] = narrow(g[i])
+
+
+SUMMED = 512
+"""Exponentials that are summed in float32 before they join a float64 sum."""
+
+
+@cfunc(TASK, **OPTIONS)
+def logps(task):
+    """logits (halves), targets, width, scale; log-probabilities, normalisers, entropies.
+
+    A row's logits are `scale` times its numbers.
+    """
+    a, first, last = begin(task)
+    width, scale = a[3], F32(as_double(a[4]))
+    logits, targets = halves(a[1], a[0], width), carray(ints_at(a[2]), (a[0],))
+    out, normalisers, entropies = floats(a[5], 1, a[0])[0], floats(a[6], 1, a[0])[0], floats(a[7], 1, a[0])[0]
+    for t in range(first, last):
+        row = logits[t]
+        largest = np.int16(-(2**15))
+        for i in range(width):  # bfloat16 ordered as integers: many comparisons at once, and NaN is largest
+            bits = np.int16(row[i])
+            largest = max(largest, np.int16(bits ^ np.int16(np.int16(bits >> 15) & np.int16(0x7FFF))))
+        bits = np.uint16(largest ^ np.int16(np.int16(largest >> 15) & np.int16(0x7FFF)))
+        top, total, weighted = wide(bits) * scale, 0.0, 0.0
+        for start in range(0, width, SUMMED):
+            few, part, weighted_part = row[start : start + SUMMED], ZERO, ZERO
+            for i in range(len(few)):
+                x = wide(few[i]) * scale - top
+                weight = exp(x)
+                part += weight
+                weighted_part += weight * x
+            total += part
+            weighted += weighted_part
+        normaliser = top + F32(math.log(total))
+        normalisers[t] = normaliser
+        out[t] = wide(row[targets[t]]) * scale - normaliser
+        entropies[t] = F32(math.log(total) - weighted / total)
+
+
+@cfunc(TASK, **OPTIONS)
+def logps_backward(task):
+    """What `logps` has up to the scale; normalisers, entropies; the gradients of log-probabilities and entropies.
+
+    The gradient of the numbers takes their place.
+    """
+    a, first, last = begin(task)
+    width, scale = a[3], F32(as_double(a[4]))
+    logits, targets = halves(a[1], a[0], width), carray(ints_at(a[2]), (a[0],))
+    normalisers, entropies = floats(a[5], 1, a[0])[0], floats(a[6], 1, a[0])[0]
+    grads, entropy_grads = floats(a[7], 1, a[0])[0], floats(a[8], 1, a[0])[0]
+    for t in range(first, last):
+        row, normaliser, grad, of_entropy = logits[t], normalisers[t], grads[t], entropy_grads[t]
+        target, entropy = targets[t], entropies[t]
+        logp = wide(row[target]) * scale - normaliser
+        of_target = grad - exp(logp) * (grad + of_entropy * (logp + entropy))
+        if of_entropy == ZERO:
+            for i in range(width):
+                row[i] = narrow(exp(wide(row[i]) * scale - normaliser) * (-grad * scale))
+        else:
+            for i in range(width):
+                x = wide(row[i]) * scale - normaliser
+                # dH/dlogit = -p (log p + H)
+                row[i] = narrow(exp(x) * (-grad - of_entropy * (x + entropy)) * scale)
+        row[target] = narrow(of_target * scale)
 
 
 @njit(inline="always")

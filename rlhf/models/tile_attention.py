@@ -32,13 +32,12 @@ from rlhf.models.tiles import FEW, ROWS, TILE, few_rows_product, pairs_product, 
 
 
 @njit(**OPTIONS)
-def _rows_as_columns(source, base, group, jump, count, to):
-    """Rows of words (N, pairs) as columns of tiles (tiles, pairs, 16), zero after the last: row r is source row
-    base + r // group * jump + r % group."""
+def _rows_as_columns(source, base, count, to):
+    """Rows base .. base + count of words (N, pairs) as columns of tiles (tiles, pairs, 16), zero after the last."""
     tiles, pairs, _ = to.shape
     for r in range(tiles * TILE):
         if r < count:
-            row = source[base + r // group * jump + r % group]
+            row = source[base + r]
             for k in range(pairs):
                 to[r // TILE, k, r % TILE] = row[k]
         else:
@@ -68,15 +67,47 @@ def _pairs_of_rows(source, base, group, jump, count, to):
 
 
 @njit(**OPTIONS)
-def _ends_within(ends, start, count, until, closed):
+def _ends_within(ends, start, count, until, closed, opened):
     """Where the subtrees of a tree's keys end, counted from its start, 0 after the last key: (blocks * 32,) in `until`;
-    the least of each 32 keys that are there: (blocks,) in `closed`."""
+    of each 32 keys that are there the least, (blocks,) in `closed`, and the largest in `opened`."""
     for c in range(len(closed)):
-        closed[c] = count
+        closed[c], opened[c] = count, 0
         for j in range(c * 32, c * 32 + 32):
             until[j] = ends[start + j] - start if j < count else 0
+            opened[c] = max(opened[c], until[j])
             if j < count:
                 closed[c] = min(closed[c], until[j])
+
+
+@njit(**OPTIONS)
+def _blocks_seen(opened, first, rows, group, which):
+    """How many blocks of 32 keys any of `rows` queries sees, and in `which` their numbers: the others are of other
+    branches, whole."""
+    n = 0
+    for c in range((first + rows - 1) // group // 32 + 1):
+        if opened[c] > first // group:
+            which[n] = c
+            n += 1
+    return n
+
+
+@njit(**OPTIONS)
+def _over_blocks(left, left_apart, right, right_apart, which, n, out, at_out, at_part):
+    """(8, 32) sums over the n blocks of keys in `which`: `left` has a column for each of their keys, `right` the rows
+    of all keys. `out` are the floats at `at_out`; those at `at_part` are to work in."""
+    part = floats(at_part, ROWS, 32)
+    start = 0
+    while start < n:
+        stop = start + 1
+        while stop < n and which[stop] == which[stop - 1] + 1:
+            stop += 1
+        here, to = right + which[start] * 1024, at_part if start else at_out
+        tile_product(left + start * 64, left_apart, here, right_apart, here, here, (stop - start) * 16, to)
+        if start:
+            for m in range(ROWS):
+                for j in range(32):
+                    out[m, j] += part[m, j]
+        start = stop
 
 
 @njit(**OPTIONS)
@@ -155,14 +186,16 @@ def attended(task):
         key_bytes = blocks * 64 * size
         at_values, at_x = scratch + key_bytes, scratch + 2 * key_bytes
         at_weights, at_sums = at_x + size * 16, at_x + size * 16 + blocks * 512
-        at_scores, at_until = at_sums + 1024, at_sums + 1024 + blocks * 1024
-        _rows_as_columns(k, of_k, 1, 1, count, carray(words_at(scratch), (2 * blocks, size // 2, TILE)))
+        at_part, at_scores = at_sums + 1024, at_sums + 2048
+        at_until = at_scores + blocks * 1024
+        _rows_as_columns(k, of_k, count, carray(words_at(scratch), (2 * blocks, size // 2, TILE)))
         _pairs_of_rows(v, of_k, 1, 1, count, carray(words_at(at_values), (size // TILE, blocks * 16, TILE)))
-        until, closed = (
+        until, of_blocks = (
             carray(numbers_at(at_until), (blocks * 32,)),
-            carray(numbers_at(at_until + blocks * 128), (blocks,)),
+            carray(numbers_at(at_until + blocks * 128), (3, blocks)),
         )
-        _ends_within(ends, start, count, until, closed)
+        closed, opened, which = of_blocks[0], of_blocks[1], of_blocks[2]
+        _ends_within(ends, start, count, until, closed, opened)
         x, weights = carray(words_at(at_x), (ROWS, size // 2)), halves(at_weights, ROWS, blocks * 32)
         sums, scores = floats(at_sums, ROWS, 32), carray(floats_at(at_scores), (blocks, ROWS, 32))
         for first in range(0, queries, ROWS):
@@ -170,18 +203,18 @@ def attended(task):
             if rows < ROWS:
                 _eight_rows(q, of_q, 1, 1, first, rows, x)
                 left = at_x
-            seen = (first + rows - 1) // group // 32 + 1
-            for c in range(seen):
-                here = scratch + c * 64 * size
-                tile_product(left, 2 * size, here, 32 * size, here, here, size // 2, at_scores + c * 1024)
-                _masked(scores[c], until, closed, first, rows, group, c)
+            seen = _blocks_seen(opened, first, rows, group, which)
+            for i in range(seen):
+                here = scratch + which[i] * 64 * size
+                tile_product(left, 2 * size, here, 32 * size, here, here, size // 2, at_scores + i * 1024)
+                _masked(scores[i], until, closed, first, rows, group, which[i])
             for m in range(rows):
                 top, total = _weighed(scores, seen, m, weights, tops)
                 normalisers[of_q + first + m] = top + F32(math.log(total))
                 totals[m] = total
             for c in range(size // 32):
                 here = at_values + 2 * c * blocks * 1024
-                tile_product(at_weights, blocks * 64, here, blocks * 1024, here, here, seen * 16, at_sums)
+                _over_blocks(at_weights, blocks * 64, here, blocks * 1024, which, seen, sums, at_sums, at_part)
                 for m in range(rows):
                     r = first + m
                     to = out[((start + r // group) * kv_heads + h) * group + r % group]
@@ -219,32 +252,42 @@ def attended_backward(task):
         queries, blocks = count * group, (count + 31) // 32
         of_q, of_k, of_out = (h * tokens + start) * group, h * tokens + start, (start * kv_heads + h) * group
         half_queries, keys = (queries + 7) // 8 * 4, blocks * 32
-        key_bytes, query_bytes, square_bytes = keys * size * 2, half_queries * size * 4, keys * half_queries * 4
+        key_bytes, query_bytes = keys * size * 2, half_queries * size * 4
         at_k, at_k_pairs, at_v = scratch, scratch + key_bytes, scratch + 2 * key_bytes
         at_q_pairs, at_grad_pairs = scratch + 3 * key_bytes, scratch + 3 * key_bytes + query_bytes
-        at_p = at_grad_pairs + query_bytes
-        at_s, at_x = at_p + square_bytes, at_p + 2 * square_bytes
+        at_x = at_grad_pairs + query_bytes
         at_y, at_row = at_x + size * 16, at_x + size * 32
-        at_sums, at_others = at_row + keys * 16, at_row + keys * 16 + 1024
-        at_until = at_others + 1024
-        until, closed = (
+        at_sums, at_others, at_part = at_row + keys * 16, at_row + keys * 16 + 1024, at_row + keys * 16 + 2048
+        at_until = at_part + 1024
+        at_spans = at_until + blocks * 140
+        until, of_blocks = (
             carray(numbers_at(at_until), (blocks * 32,)),
-            carray(numbers_at(at_until + blocks * 128), (blocks,)),
+            carray(numbers_at(at_until + blocks * 128), (3, blocks)),
         )
-        _ends_within(ends, start, count, until, closed)
+        closed, opened, which = of_blocks[0], of_blocks[1], of_blocks[2]
+        _ends_within(ends, start, count, until, closed, opened)
         tiles = 2 * blocks, pairs, TILE
-        _rows_as_columns(k_words, of_k, 1, 1, count, carray(words_at(at_k), tiles))
-        _rows_as_columns(v_words, of_k, 1, 1, count, carray(words_at(at_v), tiles))
+        _rows_as_columns(k_words, of_k, count, carray(words_at(at_k), tiles))
+        _rows_as_columns(v_words, of_k, count, carray(words_at(at_v), tiles))
         _pairs_of_rows(k, of_k, 1, 1, count, carray(words_at(at_k_pairs), (size // TILE, keys // 2, TILE)))
         by_query = size // TILE, half_queries, TILE
         _pairs_of_rows(q, of_q, 1, 1, queries, carray(words_at(at_q_pairs), by_query))
         _pairs_of_rows(grad, of_out, group, kv_heads * group, queries, carray(words_at(at_grad_pairs), by_query))
-        # Weights and gradients of scores, for the products over queries: 8 keys a left factor.
-        square = keys // ROWS, half_queries, ROWS
-        p, s = carray(words_at(at_p), square), carray(words_at(at_s), square)
-        both = carray(words_at(at_p), (2 * keys * half_queries,))
-        for i in range(len(both)):
-            both[i] = 0
+        # Weights and gradients of scores, for the products over queries: 8 keys a left factor, and of the pairs of
+        # queries those from the keys themselves to the end of their subtrees.
+        spans = carray(numbers_at(at_spans), (keys // ROWS, 3))
+        num_pairs = 0
+        for i in range(keys // ROWS):
+            ends_at = 0
+            for j in range(i * ROWS, i * ROWS + ROWS):
+                ends_at = max(ends_at, until[j])
+            spans[i, 0] = i * ROWS * group // 2
+            spans[i, 1] = max(spans[i, 0], (ends_at * group + 7) // 8 * 4)
+            spans[i, 2] = num_pairs - spans[i, 0]  # where the pair 0 would lie
+            num_pairs += spans[i, 1] - spans[i, 0]
+        at_p = at_spans + keys // ROWS * 12
+        at_s = at_p + num_pairs * 4 * ROWS
+        p, s = carray(words_at(at_p), (num_pairs, ROWS)), carray(words_at(at_s), (num_pairs, ROWS))
         x, y = carray(words_at(at_x), (ROWS, pairs)), carray(words_at(at_y), (ROWS, pairs))
         row = halves(at_row, ROWS, keys)
         sums, others = floats(at_sums, ROWS, 32), floats(at_others, ROWS, 32)
@@ -260,8 +303,9 @@ def attended_backward(task):
                 for i in range(size):
                     offset += wide(grad[place, i]) * wide(out[place, i])
                 offsets[m] = offset
-            seen = (first + rows - 1) // group // 32 + 1
-            for c in range(seen):
+            seen = _blocks_seen(opened, first, rows, group, which)
+            for i in range(seen):
+                c = which[i]
                 here = c * 64 * size
                 tile_product(left, 2 * size, at_k + here, 32 * size, at_k + here, at_k + here, pairs, at_sums)
                 tile_product(at_y, 2 * size, at_v + here, 32 * size, at_v + here, at_v + here, pairs, at_others)
@@ -273,26 +317,28 @@ def attended_backward(task):
                         weight = ZERO if hidden else exp(sums[m, j] - normaliser)
                         sums[m, j] = weight
                         others[m, j] = ZERO if hidden else weight * (others[m, j] - offset)
-                        row[m, c * 32 + j] = narrow(others[m, j])
-                for m in range(0, ROWS, 2):
-                    for block in range(4):
-                        of_p, of_s = p[c * 4 + block, (first + m) // 2], s[c * 4 + block, (first + m) // 2]
-                        for j in range(ROWS):
-                            at = block * ROWS + j
-                            of_p[j] = _pair(narrow(sums[m, at]), narrow(sums[m + 1, at]))
-                            of_s[j] = _pair(narrow(others[m, at]), narrow(others[m + 1, at]))
+                        row[m, i * 32 + j] = narrow(others[m, j])
+                for block in range(4):
+                    begins, ends_at, offset_of = spans[c * 4 + block]
+                    if begins <= first // 2 < ends_at:
+                        for m in range(0, ROWS, 2):
+                            of_p, of_s = p[offset_of + (first + m) // 2], s[offset_of + (first + m) // 2]
+                            for j in range(ROWS):
+                                at = block * ROWS + j
+                                of_p[j] = _pair(narrow(sums[m, at]), narrow(sums[m + 1, at]))
+                                of_s[j] = _pair(narrow(others[m, at]), narrow(others[m + 1, at]))
             for c in range(size // 32):
                 here = at_k_pairs + 2 * c * keys * 32
-                tile_product(at_row, keys * 2, here, keys * 32, here, here, seen * 16, at_sums)
+                _over_blocks(at_row, keys * 2, here, keys * 32, which, seen, sums, at_sums, at_part)
                 for m in range(rows):
                     for j in range(32):
                         grad_q[of_q + first + m, c * 32 + j] = narrow(sums[m, j])
         for first in range(0, count, ROWS):
             rows = min(ROWS, count - first)
-            skipped = first * group // 2  # pairs of queries that come before these keys
-            left = first // ROWS * half_queries * 32 + skipped * 32
+            begins, ends_at, offset_of = spans[first // ROWS]
+            left = (offset_of + begins) * 4 * ROWS
             for c in range(size // 32):
-                here = 2 * c * half_queries * 64 + skipped * 64
+                here = 2 * c * half_queries * 64 + begins * 64
                 pairs_product(
                     at_s + left,
                     0,
@@ -300,7 +346,7 @@ def attended_backward(task):
                     half_queries * 64,
                     at_q_pairs + here,
                     at_q_pairs + here,
-                    half_queries - skipped,
+                    ends_at - begins,
                     at_sums,
                 )
                 pairs_product(
@@ -310,7 +356,7 @@ def attended_backward(task):
                     half_queries * 64,
                     at_grad_pairs + here,
                     at_grad_pairs + here,
-                    half_queries - skipped,
+                    ends_at - begins,
                     at_others,
                 )
                 for m in range(rows):
@@ -336,7 +382,7 @@ def cached(task):
     for row in range(first, last):
         start, stop = places[row // kv_heads // num_samples]
         here = row % kv_heads * tokens + start
-        _rows_as_columns(k, here, 1, 1, stop - start, keys[row])
+        _rows_as_columns(k, here, stop - start, keys[row])
         _pairs_of_rows(v, here, 1, 1, stop - start, values[row])
 
 
