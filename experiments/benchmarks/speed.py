@@ -100,10 +100,10 @@ class SpeedFlags:
     our_flags: list[str] = field(default_factory=list)
     """More flags for our scripts, as name=value; recorded with the results."""
     scaling: bool = False
-    """Also time our forward and backward as tokens and responses a prompt grow."""
-    scaling_rows: int = 2
+    """Also time our forward and backward as tokens and responses to a prompt grow."""
+    scaling_rows: int = 4
     """Pairs of the smallest micro-batch of --scaling; the largest has 16 times as many."""
-    scaling_repeats: int = 5
+    scaling_repeats: int = 3
     """Timed passes of each case of --scaling."""
     rate_seconds: float = 2.0
     """Seconds in each run for the machine's matrix-product rate."""
@@ -282,7 +282,7 @@ class Benchmark:
         return chosen, trials
 
     def time_scaling(self) -> None:
-        """Time forward and backward of our policy as the work grows, print the table and save."""
+        """Time forward and backward of our policy and reward model as the work grows, print the table and save."""
         data = self.work / "scaling"
         num = 16 * self.flags.scaling_rows
         write_split(data, "preference", "train", [self.rows[i % len(self.rows)] for i in range(num)])
@@ -299,7 +299,7 @@ class Benchmark:
             },
         )
         for case in answer["cases"]:
-            case["flops"] = speed_work.Work(**case["work"]).flops(self.model)
+            case["flops"] = speed_work.Work(**case["work"]).flops(self.model, head=case["series"] != "scored")
         self.results["scaling"] = answer
         self.results["machine"] = answer["machine"]
         self._save()

@@ -155,13 +155,17 @@ def make_reward_model(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def scaling(request: dict[str, Any]) -> dict[str, Any]:
-    """Forward and backward of the policy in two series, their cases in turn, `repeats` times each after one more.
+    """Forward and backward in three series, their cases in turn, `repeats` times each after one more.
 
-    `rows`: the same pairs in micro-batches of 1, 2, 4, 8 and 16 times `base` pairs. `responses`: prompts with 1, 2,
-    4, 8 and 16 responses each, in micro-batches of equally many distinct tokens.
+    `rows`: the policy on the same pairs in micro-batches of 1, 2, 4, 8 and 16 times `base` pairs. `responses`: on
+    prompts with 1, 2, 4, 8 and 16 responses each, in micro-batches of equally many distinct tokens. `scored`: a reward
+    model on the same trees. Gradients lie in the same memory from case to case.
     """
     keep_freed_memory()
-    policy = load_policy(request["model"], ModelFlags())
+    policy, scorer = (
+        load_policy(request["model"], ModelFlags()),
+        load_scorer(request["model"], ModelFlags(), new_head=True),
+    )
     rows = torch.load(Path(request["data_dir"]) / "preference_train.pt", weights_only=True)
     prompts = [row["chosen_input_ids"][: row["prompt_len"]] for row in rows]
     columns = ("chosen_input_ids", "rejected_input_ids")
@@ -169,7 +173,7 @@ def scaling(request: dict[str, Any]) -> dict[str, Any]:
     size, base = 16 * request["base"], request["base"]
     pairs = [Tree.of(prompts[i], *responses[2 * i : 2 * i + 2]) for i in range(size)]
     cases = [("rows", k, [pairs[i : i + k * base] for i in range(0, size, k * base)]) for k in (1, 2, 4, 8, 16)]
-    budget = sum(tree.num_tokens for tree in pairs) // 2
+    budget = sum(tree.num_tokens for tree in pairs) // 4
     for k in (1, 2, 4, 8, 16):
         trees: list[Tree] = []
         while sum(tree.num_tokens for tree in trees) < budget:
@@ -177,16 +181,17 @@ def scaling(request: dict[str, Any]) -> dict[str, Any]:
             trees.append(
                 Tree.of(prompts[i % len(prompts)], *(responses[(i * k + j) % len(responses)] for j in range(k)))
             )
-        cases.append(("responses", k, [trees]))
+        cases += [("responses", k, [trees]), ("scored", k, [trees])]
     seconds: list[list[float]] = [[] for _ in cases]
     for _ in range(1 + request["repeats"]):
-        for times, (_, _, batches) in zip(seconds, cases, strict=True):
-            policy.zero_grad(set_to_none=True)
+        for times, (series, _, batches) in zip(seconds, cases, strict=True):
+            model = scorer if series == "scored" else policy
+            model.zero_grad(set_to_none=False)
             began = time.perf_counter()
-            for trees in batches:
+            for forest in map(Forest, batches):
                 with _autocast(request["precision"]):
-                    token_logps, _ = policy(Forest(trees))
-                (-token_logps.mean()).backward()
+                    numbers = scorer(forest, forest.branch_last) if model is scorer else policy(forest)[0]
+                (-numbers.mean()).backward()
             times.append(time.perf_counter() - began)
     results = []
     for times, (series, factor, batches) in zip(seconds, cases, strict=True):

@@ -77,21 +77,25 @@ def stage_table(results: dict[str, Any], stages: list[str]) -> str:
 
 
 def scaling_table(answer: dict[str, Any]) -> str:
-    """Cost of a distinct token as a micro-batch, and as the responses of a prompt, grow."""
+    """Cost of a distinct token as a micro-batch, and as the responses to a prompt, grow; beside it its arithmetic.
+
+    A response token is more work than a prompt token: it has logits, and more keys before it.
+    """
     lines = [
-        "| what grows | distinct tokens a micro-batch | us a token | to the cheapest | share |",
-        "|---|---|---|---|---|",
+        "| what grows | distinct tokens a micro-batch | us a token | to the cheapest | FLOPs a token, to the least | share |",
+        "|---|---|---|---|---|---|",
     ]
-    names = {"rows": "rows", "responses": "responses a prompt"}
+    names = {"rows": "pairs", "responses": "responses to a prompt", "scored": "the same, scored"}
     for series, name in names.items():
         cases = [case for case in answer["cases"] if case["series"] == series]
         costs = [statistics.median(case["seconds"]) / case["work"]["tokens"] for case in cases]
-        for case, cost in zip(cases, costs, strict=True):
-            share = case["flops"] / statistics.median(case["seconds"]) / answer["matmul_flops_per_second"]
+        work = [case["flops"] / case["work"]["tokens"] for case in cases]
+        for case, cost, flops in zip(cases, costs, work, strict=True):
+            share = flops / cost / answer["matmul_flops_per_second"]
             lines.append(
-                f"| {name} {case['factor']}{'x' if series == 'rows' else ''} "
-                f"| {case['work']['tokens'] / case['micro_batches']:,.0f} | {1e6 * cost:.1f} "
-                f"| {cost / min(costs):.2f} | {100 * share:.1f} % |"
+                f"| {name}, {case['factor']}{'x' if series == 'rows' else ''} "
+                f"| {case['work']['tokens'] / case['micro_batches']:,.0f} | {1e6 * cost:.0f} "
+                f"| {cost / min(costs):.2f} | {flops / min(work):.2f} | {100 * share:.0f} % |"
             )
     return "\n".join(lines)
 
