@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf import rlhf_dpo
 from rlhf.data.splits import load_split, write_split
+from rlhf.experiment import reference
 from rlhf.experiment.metrics import Metrics
 from rlhf.experiment.reference import ReferenceLogps
 from rlhf.experiment.run import Run, Step
@@ -117,7 +119,8 @@ def test_rows_to_train_are_those_of_the_steps(shuffle, steps):
 
 def test_c19_a_row_that_was_not_read_is_an_error():
     """C19: never a zero, nor another row's value."""
-    stored = ReferenceLogps([5, 2], torch.arange(7.0), [0, 1, 3, 5, 7], branches=2, computed=0)
+    starts, lengths = np.array([0, 1, 3, 5]), np.array([1, 2, 2, 2])
+    stored = ReferenceLogps([5, 2], np.arange(7, dtype=np.float32), starts, lengths, branches=2, computed=0)
     assert stored.sums([2, 5]).tolist() == [3 + 4, 5 + 6, 0, 1 + 2]
     assert stored.tokens([5]).tolist() == [0, 1, 2]
     for row in (0, 1, 3, -1):
@@ -129,6 +132,61 @@ def test_c19_a_row_that_was_not_read_is_an_error():
 def same_losses(*folders: Path) -> bool:
     one, other = ([line.get("train/loss") for line in metrics_of(folder)] for folder in folders)
     return one == other
+
+
+def table_of(num: int, length: int) -> reference.Table:
+    keys = np.random.default_rng(0).integers(256, size=(num, 16), dtype=np.uint8).view("S16")[:, 0]
+    return reference.Table(keys, np.arange(num + 1) * length, np.arange(num * length, dtype=np.float32))
+
+
+def own_bytes() -> int:
+    """Memory of this process that no file holds."""
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty"))
+
+
+def test_what_is_stored_stays_in_the_file(tmp_path):
+    """C28: 40 MB of log-probabilities in a file take none of the process's memory, their 50,000 branches 6 MB."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("needs Linux")
+    table, path = table_of(50_000, 200), tmp_path / "stored.safetensors"
+    reference._write(path, table, SimpleNamespace(say=pytest.fail))
+    gc.collect()
+    before = own_bytes()
+    found = reference._read(path)
+    places = found.places(table.keys, np.full(50_000, 200))
+    rows = range(25_000)
+    stored = ReferenceLogps(rows, found.flat, found.offsets[places], np.full(50_000, 200), branches=2, computed=0)
+    assert own_bytes() - before < 12e6
+    assert stored.tokens([7, 24_999]).tolist() == [*range(2800, 3200), *range(9_999_600, 10_000_000)]
+
+
+def test_places_are_by_key_and_length():
+    """Of equal keys the last one; a key with another number of tokens is not there."""
+    keys = np.array([bytes([i]) * 16 for i in (3, 1, 2, 1)], "S16")
+    table = reference.Table.of(keys, [np.ones(n, np.float32) for n in (2, 1, 0, 4)])
+    wanted = np.array([bytes([i]) * 16 for i in (1, 2, 3, 4, 0, 3)], "S16")
+    assert table.places(wanted, np.array([4, 0, 2, 1, 1, 1])).tolist() == [3, 2, 0, -1, -1, -1]
+    assert reference._EMPTY.places(wanted, np.ones(6)).tolist() == [-1] * 6
+
+
+def test_only_what_is_finite_is_kept():
+    keys = np.array([bytes([i]) * 16 for i in (3, 1, 2)], "S16")
+    parts = [np.array(x, np.float32) for x in ([1, 2], [], [3, np.nan, 4])]
+    kept = reference.Table.of(keys, parts).finite()
+    assert kept.keys.tolist() == keys[:2].tolist()
+    assert kept.offsets.tolist() == [0, 2, 2]
+    assert kept.flat.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 2, 6], [0, 2, 4, 7], [1, 2, 4, 6], [-1, 2, 4, 6]], ids=str)
+def test_c19_a_file_whose_places_are_wrong_is_not_used(tmp_path, offsets):
+    """C16: though its checksum is right."""
+    table, path = table_of(3, 2)._replace(offsets=np.array(offsets)), tmp_path / "stored.safetensors"
+    reference._write(path, table, SimpleNamespace(say=pytest.fail))
+    assert not len(reference._read(path).keys)
+    reference._write(path, table_of(3, 2), SimpleNamespace(say=pytest.fail))
+    assert len(reference._read(path).keys) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
@@ -233,7 +291,8 @@ def test_c20_a_device_without_validation_rows_adds_nothing(data, models):
     flags = quick_flags(DPOFlags, data, Path(), model_name=models["one"])
     split, policy = load_split(data, "preference", "validation"), load_policy(models["one"], flags)
     lengths = [len(split[0][f"{side}_input_ids"]) - split[0]["prompt_len"] for side in ("chosen", "rejected")]
-    stored = ReferenceLogps([0], torch.zeros(sum(lengths)), [0, lengths[0], sum(lengths)], branches=2, computed=0)
+    starts, zeros = np.array([0, lengths[0]]), np.zeros(sum(lengths), np.float32)
+    stored = ReferenceLogps([0], zeros, starts, np.array(lengths), branches=2, computed=0)
     found = rlhf_dpo.evaluate(stub, flags, policy, split, stored)
     assert {"val/loss", "val/accuracy", "val/kl_k3_per_token"} <= set(metrics._sums)
     assert found == {}

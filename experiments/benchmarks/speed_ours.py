@@ -162,10 +162,8 @@ def scaling(request: dict[str, Any]) -> dict[str, Any]:
     model on the same trees. Gradients lie in the same memory from case to case.
     """
     keep_freed_memory()
-    policy, scorer = (
-        load_policy(request["model"], ModelFlags()),
-        load_scorer(request["model"], ModelFlags(), new_head=True),
-    )
+    flags = ModelFlags()
+    policy, scorer = load_policy(request["model"], flags), load_scorer(request["model"], flags, new_head=True)
     rows = torch.load(Path(request["data_dir"]) / "preference_train.pt", weights_only=True)
     prompts = [row["chosen_input_ids"][: row["prompt_len"]] for row in rows]
     columns = ("chosen_input_ids", "rejected_input_ids")

@@ -79,10 +79,11 @@ def stage_table(results: dict[str, Any], stages: list[str]) -> str:
 def scaling_table(answer: dict[str, Any]) -> str:
     """Cost of a distinct token as a micro-batch, and as the responses to a prompt, grow; beside it its arithmetic.
 
-    A response token is more work than a prompt token: it has logits, and more keys before it.
+    Tokens are real, a prompt's counted once. One of a response is more work than one of a prompt: it has logits, and
+    more keys before it.
     """
     lines = [
-        "| what grows | distinct tokens a micro-batch | us a token | to the cheapest | FLOPs a token, to the least | share |",
+        "| what grows | tokens a micro-batch | us a token | to the cheapest | its FLOPs, to the least | share |",
         "|---|---|---|---|---|---|",
     ]
     names = {"rows": "pairs", "responses": "responses to a prompt", "scored": "the same, scored"}

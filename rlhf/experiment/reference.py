@@ -2,15 +2,16 @@
 
 Of a frozen reference, a file beside the data holds what one model said; within it each response has its own key, the
 hash of its prompt's and its own tokens. So a changed model or precision starts another file, and a changed row is the
-only one computed again, whatever the split, the stage or the order of the rows.
+only one computed again, whatever the split, the stage or the order of the rows. The file stays mapped: its numbers take
+none of a process's own memory, and a branch some 30 bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from itertools import accumulate
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,17 +28,61 @@ from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
 from rlhf.untrusted import UnreadableFileError, read_tensors
 
-Row = TypeVar("Row", bound=Hashable)
+Row = TypeVar("Row", int, tuple[int, int])
 
 MAX_BRANCHES = 4
 """Responses of one prompt that go through the reference as one tree."""
+
+
+class Table(NamedTuple):
+    """Token log-probabilities of N responses, from a file that stays mapped or in memory.
+
+    Attributes:
+        keys: (N,) of 16 bytes; offsets: (N + 1,) where each one's numbers begin in `flat`; flat: (T,) float32.
+    """
+
+    keys: np.ndarray
+    offsets: np.ndarray
+    flat: np.ndarray
+
+    @classmethod
+    def of(cls, keys: np.ndarray, parts: Sequence[np.ndarray]) -> Table:
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return cls(keys, offsets, np.concatenate([np.empty(0, np.float32), *parts], dtype=np.float32))
+
+    def and_also(self, other: Table) -> Table:
+        """Both, end to end, in memory."""
+        offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
+        return Table(np.concatenate([self.keys, other.keys]), offsets, np.concatenate([self.flat, other.flat]))
+
+    def places(self, keys: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """(M,) where these keys stand with as many numbers, the last of equal ones; -1: nowhere."""
+        if not len(self.keys):
+            return np.full(len(keys), -1)
+        order = np.argsort(self.keys, kind="stable")
+        found = order[np.searchsorted(self.keys, keys, side="right", sorter=order) - 1]
+        there = (self.keys[found] == keys) & (np.diff(self.offsets)[found] == lengths)
+        return np.where(there, found, -1)
+
+    def finite(self) -> Table:
+        """Those whose numbers all are."""
+        bad = np.flatnonzero(~np.isfinite(self.flat))
+        if not len(bad):
+            return self
+        kept = np.ones(len(self.keys), bool)
+        kept[np.searchsorted(self.offsets, bad, side="right") - 1] = False
+        parts = [self.flat[self.offsets[i] : self.offsets[i + 1]] for i in np.flatnonzero(kept)]
+        return Table.of(self.keys[kept], parts)
 
 
 class ReferenceLogps:
     """Token log-probabilities of every branch of some rows of a split.
 
     Args:
-        flat: (T,) all of them, end to end; `offsets`: where each branch begins, in the order of `rows`.
+        rows: numbers, or pairs of numbers.
+        flat: (T,) float32, of any branches; a file's stay in the file.
+        starts, lengths: of each branch in `flat`, in the order of `rows`.
+        device: where they are wanted.
 
     Attributes:
         computed: how many of the branches had to be computed; the others were on disk.
@@ -45,29 +90,39 @@ class ReferenceLogps:
     """
 
     def __init__(
-        self, rows: Sequence[Hashable], flat: Tensor, offsets: list[int], branches: int, computed: int
+        self,
+        rows: Sequence[Row],
+        flat: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        branches: int,
+        computed: int,
+        device: torch.device | None = None,
     ) -> None:
-        self._place = {row: i for i, row in enumerate(rows)}
-        self._flat, self._offsets, self._branches, self.computed = flat, offsets, branches, computed
-        self.nonfinite: list[Hashable] = []
-        if not flat.isfinite().all():
+        codes = _codes(rows)
+        self._order = np.argsort(codes)
+        self._sorted, self._flat, self._device = codes[self._order], flat, device
+        self._starts, self._lengths, self._branches, self.computed = starts, lengths, branches, computed
+        self.nonfinite: list[Row] = []
+        if not all(np.isfinite(flat[i : i + _AT_ONCE]).all() for i in range(0, len(flat), _AT_ONCE)):
             self.nonfinite = [row for row in rows if not self.tokens([row]).isfinite().all()]
 
-    def sums(self, rows: Sequence[Hashable]) -> Tensor:
+    def sums(self, rows: Sequence[Row]) -> Tensor:
         """(len(rows) * branches,) float32 log-probabilities of the responses, in packed order.
 
         Raises:
             KeyError: a row that was not asked for when they were read.
         """
-        return torch.stack([part.double().sum().float() for part in self._parts(rows)])
+        return self._placed([np.float32(part.sum(dtype=np.float64)) for part in self._parts(rows)])
 
-    def tokens(self, rows: Sequence[Hashable]) -> Tensor:
+    def tokens(self, rows: Sequence[Row]) -> Tensor:
         """(R,) float32 log-probabilities of the response tokens, in the order of the targets of the rows' forest.
 
         Raises:
             KeyError: a row that was not asked for when they were read.
         """
-        return torch.cat(self._parts(rows))
+        return self._placed(np.concatenate(self._parts(rows)))
 
     def __call__(self, forest: Forest, rows: list[int]) -> Tensor:
         """(R,) float32 log-probabilities of the targets of the rows' forest; 0 for those in a prompt.
@@ -75,16 +130,32 @@ class ReferenceLogps:
         Raises:
             KeyError: a row that was not asked for when they were read.
         """
-        token_logps = torch.zeros(forest.num_targets, device=self._flat.device)
+        token_logps = torch.zeros(forest.num_targets, device=self._device)
         token_logps[~forest.target_in_root] = self.tokens(rows)
         return token_logps
 
-    def _parts(self, rows: Sequence[Hashable]) -> list[Tensor]:
-        unknown = [row for row in rows if row not in self._place]
+    def _placed(self, numbers: Sequence[np.float32] | np.ndarray) -> Tensor:
+        return torch.tensor(np.asarray(numbers, dtype=np.float32), device=self._device)
+
+    def _parts(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        codes = _codes(rows)
+        found = np.minimum(np.searchsorted(self._sorted, codes), len(self._sorted) - 1)
+        unknown = [row for row, there in zip(rows, self._sorted[found] == codes, strict=True) if not there]
         if unknown:
             raise KeyError(f"no reference log-probabilities were read for the rows {unknown}")
-        index = [self._place[row] * self._branches + b for row in rows for b in range(self._branches)]
-        return [self._flat[self._offsets[i] : self._offsets[i + 1]] for i in index]
+        index = (self._order[found][:, None] * self._branches + np.arange(self._branches)).ravel()
+        starts = self._starts[index]
+        return [self._flat[start:stop] for start, stop in zip(starts, starts + self._lengths[index], strict=True)]
+
+
+_AT_ONCE = 2**22
+"""Numbers that are looked through at a time."""
+
+
+def _codes(rows: Sequence[Row]) -> np.ndarray:
+    """(N,) a number for each row, or pair of rows."""
+    codes = np.asarray(rows, dtype=np.int64)
+    return codes if codes.ndim == 1 else (codes[:, 0] << 32) + codes[:, 1]
 
 
 class MovingReference:
@@ -145,26 +216,39 @@ def reference_logps(
     """
     keys, lengths, prompts, branches = _keys(rows, tree_of)
     path = folder / f"{model_fingerprint(policy.module, run.precision)}.safetensors"
-    tokens = dict(zip(keys, lengths, strict=True))
-    stored = _read(path).items()
-    known = {key: logps for key, logps in stored if logps.shape == (tokens.get(key, len(logps)),)}
-    num_missing = sum(key not in known for key in keys)
-    if num_missing:
-        missing = {key: i for i, key in enumerate(keys) if key not in known}  # equal responses once
-        work = _by_prompt(list(missing.values()), lambda i: prompts[i // branches])
+    stored = _read(path)
+    places = stored.places(keys, lengths)
+    missing = np.flatnonzero(places < 0)
+    if len(missing):
+        once = missing[np.sort(np.unique(keys[missing], return_index=True)[1])]  # equal responses once
+        work = _by_prompt(once.tolist(), lambda i: prompts[i // branches])
 
         def tree_of_part(part: list[int]) -> Tree:
             found = [tree_of(rows[i // branches]).segments for i in part]
             return Tree.of(found[0][0], *(s[1 + i % branches] for s, i in zip(found, part, strict=True)))
 
-        for part, values in zip(work, _compute(run, policy, work, tree_of_part, micro_batch_size), strict=True):
-            known.update((keys[i], logps) for i, logps in zip(part, values, strict=True))
+        values = _compute(run, policy, work, tree_of_part, micro_batch_size)
+        order = [i for part in work for i in part]
+        computed = Table.of(keys[order], [logps for part in values for logps in part])
+        del values
         if run.rank == 0:
-            _write(path, {key: logps for key, logps in known.items() if np.isfinite(logps).all()}, run)
-    offsets = [0, *accumulate(lengths)]
-    flat = torch.from_numpy(np.concatenate([known[key] for key in keys]) if keys else np.empty(0, np.float32))
+            _write(path, stored.and_also(computed).finite(), run)
+        run.fabric.barrier()
+        stored = _read(path)
+        places = stored.places(keys, lengths)
+        if (places < 0).any():  # not finite, or not written
+            stored = stored.and_also(computed)
+            places = stored.places(keys, lengths)
     run.fabric.barrier()
-    return ReferenceLogps(rows, flat.to(run.device), offsets, branches, num_missing)
+    return ReferenceLogps(
+        rows,
+        stored.flat,
+        stored.offsets[places],
+        lengths,
+        branches=branches,
+        computed=len(missing),
+        device=run.device,
+    )
 
 
 def check_reference(run: Run, stored: ReferenceLogps, split: Split) -> None:
@@ -190,18 +274,18 @@ def model_fingerprint(policy: Policy, precision: str) -> str:
     return digest.hexdigest()
 
 
-def _keys(rows: Sequence[Row], tree_of: Callable[[Row], Tree]) -> tuple[list[bytes], list[int], list[bytes], int]:
+def _keys(rows: Sequence[Row], tree_of: Callable[[Row], Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Key and number of tokens of each branch, and of each row its prompt's key; the branches of a row."""
-    keys, lengths, prompts, branches = [], [], [], 1
+    keys, lengths, prompts, branches = bytearray(), array("q"), bytearray(), 1
     for row in rows:
         tree = tree_of(row)
         prompt, *responses = (segment.to(torch.int32).numpy().tobytes() for segment in tree.segments)
         branches = len(responses)
-        prompts.append(xxhash.xxh3_128_digest(prompt))
+        prompts += xxhash.xxh3_128_digest(prompt)
         for response, segment in zip(responses, tree.segments[1:], strict=True):
-            keys.append(xxhash.xxh3_128_digest(len(prompt).to_bytes(8, "little") + prompt + response))
+            keys += xxhash.xxh3_128_digest(len(prompt).to_bytes(8, "little") + prompt + response)
             lengths.append(len(segment) if prompt else max(0, len(segment) - 1))
-    return keys, lengths, prompts, branches
+    return np.frombuffer(keys, _KEY), np.array(lengths, dtype=np.int64), np.frombuffer(prompts, _KEY), branches
 
 
 def _by_prompt(items: list[int], prompt_of: Callable[[int], bytes]) -> list[list[int]]:
@@ -242,29 +326,45 @@ def _compute(
     return [found[i] for i in range(len(work))]
 
 
-def _read(path: Path) -> dict[bytes, np.ndarray]:
+_KEY = np.dtype("S16")
+"""16 bytes that numpy compares and sorts."""
+
+
+def _read(path: Path) -> Table:
+    """What the file holds, mapped; nothing where it is not there, not whole, or not what it should be."""
     try:
-        stored = {name: value.numpy() for name, value in read_tensors(path).items()}
-        keys, offsets, flat = stored["keys"], stored["offsets"], stored["logps"]
-        digest = int(stored["checksum"][0])
-        if xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes()) != digest:
-            return {}
-        return {keys[i].tobytes(): flat[offsets[i] : offsets[i + 1]] for i in range(len(keys))}
+        found = {name: value.numpy() for name, value in read_tensors(path).items()}
+        keys, offsets, flat = found["keys"], found["offsets"], found["logps"]
+        shapes = keys.ndim == 2 and keys.shape[1] == 16 and offsets.shape == (len(keys) + 1,) and flat.ndim == 1
+        types = keys.dtype == np.uint8 and offsets.dtype == np.int64 and flat.dtype == np.float32
+        if not shapes or not types or int(found["checksum"][0]) != _checksum(flat, offsets, keys):
+            return _EMPTY
+        if offsets[0] != 0 or offsets[-1] != len(flat) or (np.diff(offsets) < 0).any():
+            return _EMPTY
+        return Table(np.ascontiguousarray(keys).view(_KEY)[:, 0], offsets, flat)
     except (OSError, UnreadableFileError, KeyError, IndexError, TypeError, ValueError):
-        return {}
+        return _EMPTY
 
 
-def _write(path: Path, known: dict[bytes, np.ndarray], run: Run) -> None:
-    if not known:
+_EMPTY = Table(np.empty(0, _KEY), np.zeros(1, np.int64), np.empty(0, np.float32))
+
+
+def _checksum(*parts: np.ndarray) -> int:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return digest.intdigest()
+
+
+def _write(path: Path, table: Table, run: Run) -> None:
+    if not len(table.keys):
         return
-    keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
-    flat = np.concatenate(list(known.values())).astype(np.float32)
-    offsets = np.concatenate([[0], np.cumsum([len(v) for v in known.values()])]).astype(np.int64)
-    checksum = xxhash.xxh3_64_intdigest(flat.tobytes() + offsets.tobytes() + keys.tobytes())
-    table = {"keys": keys.copy(), "offsets": offsets, "logps": flat, "checksum": np.array([checksum], dtype=np.uint64)}
+    keys = table.keys.view(np.uint8).reshape(-1, 16)
+    checksum = np.array([_checksum(table.flat, table.offsets, keys)], dtype=np.uint64)
+    content = {"keys": keys, "offsets": table.offsets, "logps": table.flat, "checksum": checksum}
     try:
         sweep(path.parent, target=path.name)
         with atomic_write(path) as temporary:
-            save_file(table, temporary)
+            save_file(content, temporary)
     except (OSError, WriteError) as error:
         run.say(f"note: the reference's log-probabilities will be computed again next time: {error}")
