@@ -24,7 +24,6 @@ LAYERS = {
     "rlhf/merge.py": 0,
     "rlhf/masked.py": 0,
     "rlhf/kl.py": 0,
-    "rlhf/logps.py": 0,
     "rlhf/advantages.py": 0,
     "rlhf/group_advantages.py": 0,
     "rlhf/allocator.py": 0,

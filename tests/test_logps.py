@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf.logps import chunked_logps
+from rlhf.models.logps import chunked_logps
 from rlhf.models.policy import logps_of_logits
 
 ROWS, HIDDEN, VOCABULARY = 7, 5, 11

@@ -123,7 +123,7 @@ MUTANTS = [
         (PAIRWISE + "test_length_normalised_losses_look_at_means",),
     ),
     Mutant(
-        "rlhf/logps.py",
+        "rlhf/models/logps.py",
         "logits.square_().sum(-1).log_() - 2 * total.log()",
         "logits.square_().sum(-1).log_() - total.log()",
         (LOGPS + "test_collisions_are_those_of_the_full_matrix",),

@@ -208,12 +208,16 @@ def test_other_stages_and_scaling(places, tmp_path, monkeypatch, capsys):
     assert results["stages"]["rollouts"]["order"] == "as in the file"
     cases = results["scaling"]["cases"]
     assert [(c["series"], c["factor"]) for c in cases] == [
-        (s, k) for s in ("rows", "responses") for k in (1, 2, 4, 8, 16)
+        *(("rows", k) for k in (1, 2, 4, 8, 16)),
+        *((s, k) for k in (1, 2, 4, 8, 16) for s in ("responses", "scored")),
     ]
     assert len({c["work"]["tokens"] for c in cases if c["series"] == "rows"}) == 1
-    assert [c["micro_batches"] for c in cases] == [16, 8, 4, 2, 1, 1, 1, 1, 1, 1]
+    assert [c["micro_batches"] for c in cases] == [16, 8, 4, 2, 1, *[1] * 10]
     assert all(len(c["seconds"]) == 1 and c["flops"] > 0 for c in cases)
-    assert "| responses a prompt 16 |" in capsys.readouterr().out
+    by_case = {(c["series"], c["factor"]): c for c in cases}
+    assert by_case["scored", 4]["work"] == by_case["responses", 4]["work"]
+    assert by_case["scored", 4]["flops"] < by_case["responses", 4]["flops"]  # no logits
+    assert "| responses to a prompt, 16 |" in capsys.readouterr().out
 
 
 def check_stage(results: dict[str, Any], stage: str) -> None:

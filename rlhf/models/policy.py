@@ -7,7 +7,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.logps import chunked_logps
 from rlhf.models.attention import KeepingAttention
 from rlhf.models.forward import (
     KEEP,
@@ -20,6 +19,7 @@ from rlhf.models.forward import (
     unwrapped,
     using_adapter,
 )
+from rlhf.models.logps import chunked_logps
 from rlhf.trees.forest import Forest
 
 
