@@ -210,7 +210,7 @@ def test_c18_only_one_chunk_of_logits_exists(entropy):
 
 def test_c18_the_default_chunk_is_bounded_by_bytes(monkeypatch):
     """C18: with a vocabulary of 1,000 in float32, a budget of 20,000 bytes is five rows at a time."""
-    from rlhf import logps as module
+    from rlhf.models import logps as module
 
     seen = []
     monkeypatch.setattr(module, "CHUNK_BYTES", 20_000)
@@ -225,7 +225,7 @@ def test_c18_the_default_chunk_is_bounded_by_bytes(monkeypatch):
 
 def test_parts_of_a_chunk_change_nothing(monkeypatch):
     """The rows of a chunk are summed three at a time or all at once: values and gradients are the same."""
-    from rlhf import logps as module
+    from rlhf.models import logps as module
 
     hidden, weight, targets = torch.randn(11, 8), torch.randn(20, 8), torch.randint(20, (11,))
 
