@@ -20,6 +20,7 @@ from rlhf import evaluation, rlhf_dpo, rlhf_grpo, rlhf_kto, rlhf_ppo, rlhf_rm, r
 from rlhf.allocator import keep_freed_memory
 from rlhf.experiment.run import Run
 from rlhf.flags import ModelFlags, parse
+from rlhf.models.accumulation import gradients_added, weights_unchanged
 from rlhf.models.loading import load_policy, load_scorer, save_model, tokenizer_of
 from rlhf.rollouts import Sampling, generate
 from rlhf.trees.forest import Forest, Tree
@@ -186,10 +187,12 @@ def scaling(request: dict[str, Any]) -> dict[str, Any]:
             model = scorer if series == "scored" else policy
             model.zero_grad(set_to_none=False)
             began = time.perf_counter()
-            for forest in map(Forest, batches):
-                with _autocast(request["precision"]):
-                    numbers = scorer(forest, forest.branch_last) if model is scorer else policy(forest)[0]
-                (-numbers.mean()).backward()
+            with weights_unchanged():  # as `Step` has it
+                for forest in map(Forest, batches):
+                    with _autocast(request["precision"]):
+                        numbers = scorer(forest, forest.branch_last) if model is scorer else policy(forest)[0]
+                    with gradients_added():
+                        (-numbers.mean()).backward()
             times.append(time.perf_counter() - began)
     results = []
     for times, (series, factor, batches) in zip(seconds, cases, strict=True):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from rlhf.errors import NonFiniteError, UserError
 from rlhf.experiment.finite import Sighting, first_nonfinite, guilty, names_of
+from rlhf.models.accumulation import gradients_added, weights_unchanged
 from rlhf.schedules import lr_multiplier
 from rlhf.trees.batches import cut, rows_of_rank
 
@@ -36,6 +37,8 @@ class Step:
         self.metrics = run.metrics()
         self.num_tokens = 0
         self.began = time.perf_counter()
+        # Other processes' strategies hold weights in parts and reduce gradients as autograd adds them up.
+        self._alone = run.world_size == 1
         self._losses: dict[str, Tensor] = {}
         self._checks: dict[str, Tensor] = {}
         self._sightings: dict[str, list[Sighting]] = {}
@@ -62,9 +65,11 @@ class Step:
         all devices take part in the reduction.
         """
         cuts = self.cuts(tokens=tokens, rows=rows)
-        for chosen, (last, batch) in zip(cuts, _ahead(pack, cuts, self.run.flags.num_workers), strict=True):
-            self._rows = [row_of[i] for i in chosen] if row_of is not None else chosen
-            yield from self._synchronised(batch, modules, last)
+        ahead = _ahead(pack, cuts, self.run.flags.num_workers)
+        with weights_unchanged(enabled=len(cuts) > 1 and self._alone):
+            for chosen, (last, batch) in zip(cuts, ahead, strict=True):
+                self._rows = [row_of[i] for i in chosen] if row_of is not None else chosen
+                yield from self._synchronised(batch, modules, last)
 
     def cuts(self, *, tokens: Tensor | None = None, rows: Sequence[int] | None = None) -> list[list[int]]:
         """The rows of each of this device's `micro_batches`; sets `weight`."""
@@ -114,7 +119,8 @@ class Step:
         """
         self._losses[name] = self._losses.get(name, 0.0) + loss.detach().float()
         self.watch("loss", loss.detach(), name=name)
-        self.run.fabric.backward(loss * (self.run.world_size * self.weight))
+        with gradients_added(enabled=self._alone):
+            self.run.fabric.backward(loss * (self.run.world_size * self.weight))
 
     def update(self, optimizer: Optimizer, *, clip: float, name: str = "") -> bool:
         """Set the rate, clip, step and clear; returns False where what is not finite skipped the update.

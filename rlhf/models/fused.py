@@ -41,6 +41,12 @@ def added(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
+def add_to(total: Tensor, part: Tensor) -> None:
+    """Add bfloat16 to a contiguous float32 tensor of the same shape, in place."""
+    part, width = part.contiguous(), part.shape[-1]
+    run(kernels().added, part.numel() // width, part.numel(), total, part, width, total)
+
+
 def added_and_normed(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(T, H) float32 x + y, with y bfloat16, and its norm as in `normed`."""
     x, y, (rows, width) = x.contiguous(), y.contiguous(), x.shape

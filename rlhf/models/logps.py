@@ -7,11 +7,14 @@ the others again.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.models import fused
+from rlhf.models.accumulation import added, made_of
 
 CHUNK_BYTES = 2**27
 """Products of one chunk: large enough that the weight's gradient is seldom made in more than one piece."""
@@ -71,9 +74,9 @@ class _ChunkedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, entropy, collision, chunk_rows, dtype):
         ctx.scale, ctx.softcap, ctx.entropy, ctx.chunk_rows = scale, softcap, entropy, chunk_rows
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.kept = None
+        ctx.kept, ctx.parameter = None, weight
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            hidden, weight = hidden.to(dtype), made_of([weight], dtype, partial(weight.to, dtype))
             bias = None if bias is None else bias.to(dtype)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             logps, normalisers, entropies = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
@@ -132,12 +135,14 @@ class _ChunkedLogps(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[chunk] = (products @ weight).to(ctx.dtypes[0])
             if need_weight:
-                grad_weight = _plus(grad_weight, (products.T @ hidden[chunk]).to(wide))
-        if need_weight and grad_weight is None:
+                part = products.T @ hidden[chunk]
+                if not added(ctx.parameter, part):
+                    grad_weight = _plus(grad_weight, part.to(wide))
+        if need_weight and len(hidden) == 0:
             grad_weight = torch.zeros_like(weight)
         return (
             grad_hidden,
-            grad_weight.to(ctx.dtypes[1]) if need_weight else None,
+            grad_weight.to(ctx.dtypes[1]) if grad_weight is not None else None,
             grad_bias.to(ctx.dtypes[2]) if grad_bias is not None else None,
             *[None] * 7,
         )

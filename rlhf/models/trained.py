@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf.models import fused
+from rlhf.models.accumulation import added, added_to_rows, made_of
 from rlhf.models.fused import Turn
 from rlhf.models.layers import Kept, Layer, LeanLinear, linears_of, product_dtype, turn_of
 from rlhf.models.plain import norm_backward, packed_together, turned_back
@@ -36,7 +37,7 @@ def trained_states(trunk: nn.Module, forest: Forest, *, keep: Keep | None = None
         at: (N,) packed positions. The last layer then computes the others' keys and values and nothing more.
     """
     read, place = (None, None) if at is None else torch.unique(at, return_inverse=True)
-    x = trunk.embed_tokens(forest.input_ids)
+    x = _embedded(trunk.embed_tokens, forest.input_ids)
     turn = turn_of(trunk, x, forest.positions)
     dtype = product_dtype(trunk)
     recompute = trunk.training and getattr(trunk, "gradient_checkpointing", False) and torch.is_grad_enabled()
@@ -47,6 +48,31 @@ def trained_states(trunk: nn.Module, forest: Forest, *, keep: Keep | None = None
         x = checkpoint(run, x, *parameters, use_reentrant=False) if recompute else run(x, *parameters)
     x = trunk.norm(x)
     return x if place is None else x[place]
+
+
+def _embedded(embedding: nn.Module, ids: Tensor) -> Tensor:
+    """(T, H) embeddings of (T,) token ids; their gradient may join those of the same weights as a head."""
+    plain = type(embedding) is nn.Embedding and not (embedding.max_norm or embedding.scale_grad_by_freq)
+    if not plain or embedding.sparse or embedding._forward_hooks or embedding._forward_pre_hooks:
+        return embedding(ids)
+    return _Embedding.apply(embedding.weight, ids, embedding.padding_idx)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, ids, padding):
+        ctx.parameter, ctx.padding = weight, padding
+        ctx.save_for_backward(ids)
+        return torch.embedding(weight, ids)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, (ids,) = ctx.parameter, ctx.saved_tensors
+        if ctx.padding is not None:
+            grad = grad.masked_fill((ids == ctx.padding)[:, None], 0)
+        if added_to_rows(weight, ids, grad):
+            return None, None, None
+        return torch.ops.aten.embedding_dense_backward(grad, ids, len(weight), -1, False), None, None
 
 
 def _parameters(layer: nn.Module) -> list[nn.Parameter]:
@@ -112,10 +138,11 @@ class _DecoderLayer(torch.autograd.Function):
             return out.flatten(1)
 
         with torch.autocast(x.device.type, enabled=False):
-            layer = Layer(module, config, lambda linears: LeanLinear(linears, dtype))
+            make = partial(Layer, module, config, lambda linears: LeanLinear(linears, dtype))
+            layer = made_of(parameters, (module, dtype), make)
             out, kept = layer(x, attend, rows)
         if keeps:
-            ctx.layer, ctx.attention, ctx.rows = layer, attention, rows
+            ctx.layer, ctx.attention, ctx.rows, ctx.parameters = layer, attention, rows, parameters
             ctx.save_for_backward(cos, sin, x, *kept, *operands)
         return out
 
@@ -128,7 +155,8 @@ class _DecoderLayer(torch.autograd.Function):
             layer, grad_middle, x, kept, (cos, sin), operands, ctx.attention, ctx.rows
         )
         groups = [*inputs, *output, *gates, *down, norm, middle_norm, *head_norms]
-        return *(None,) * 8, grad_x, *(part.to(x.dtype) for part in groups)
+        to_parameters = zip(ctx.parameters, groups, strict=True)
+        return *(None,) * 8, grad_x, *(None if added(p, part) else part.to(p.dtype) for p, part in to_parameters)
 
 
 def _gated_backward(layer: Layer, grad: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
