@@ -103,7 +103,7 @@ class SpeedFlags:
     """Also time our forward and backward as tokens and responses to a prompt grow."""
     scaling_rows: int = 4
     """Pairs of the smallest micro-batch of --scaling; the largest has 16 times as many."""
-    scaling_repeats: int = 3
+    scaling_repeats: int = 5
     """Timed passes of each case of --scaling."""
     rate_seconds: float = 2.0
     """Seconds in each run for the machine's matrix-product rate."""

@@ -158,9 +158,9 @@ def make_reward_model(request: dict[str, Any]) -> dict[str, Any]:
 def scaling(request: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward in three series, their cases in turn, `repeats` times each after one more.
 
-    `rows`: the policy on the same pairs in micro-batches of 1, 2, 4, 8 and 16 times `base` pairs. `responses`: on
-    prompts with 1, 2, 4, 8 and 16 responses each, in micro-batches of equally many distinct tokens. `scored`: a reward
-    model on the same trees. Gradients lie in the same memory from case to case.
+    `rows`: the policy on pairs in micro-batches of 1, 2, 4, 8 and 16 times `base` of them, up to four from all over the
+    pairs. `responses`: on prompts with 1, 2, 4, 8 and 16 responses each, in micro-batches of equally many distinct
+    tokens. `scored`: a reward model on the same trees. Gradients lie in the same memory from case to case.
     """
     keep_freed_memory()
     flags = ModelFlags()
@@ -171,7 +171,10 @@ def scaling(request: dict[str, Any]) -> dict[str, Any]:
     responses = [row[column][row["prompt_len"] :] for row in rows for column in columns]
     size, base = 16 * request["base"], request["base"]
     pairs = [Tree.of(prompts[i], *responses[2 * i : 2 * i + 2]) for i in range(size)]
-    cases = [("rows", k, [pairs[i : i + k * base] for i in range(0, size, k * base)]) for k in (1, 2, 4, 8, 16)]
+    cases = []
+    for k in (1, 2, 4, 8, 16):
+        apart = max(k * base, size // 4)
+        cases.append(("rows", k, [pairs[i : i + k * base] for i in range(0, size, apart)]))
     budget = sum(tree.num_tokens for tree in pairs) // 4
     for k in (1, 2, 4, 8, 16):
         trees: list[Tree] = []

@@ -80,13 +80,14 @@ def scaling_table(answer: dict[str, Any]) -> str:
     """Cost of a distinct token as a micro-batch, and as the responses to a prompt, grow; beside it its arithmetic.
 
     Tokens are real, a prompt's counted once. One of a response is more work than one of a prompt: it has logits, and
-    more keys before it.
+    more keys before it. Below the table: how far each series is from constant, that is from half its extremes' sum.
     """
     lines = [
         "| what grows | tokens a micro-batch | us a token | to the cheapest | its FLOPs, to the least | share |",
         "|---|---|---|---|---|---|",
     ]
     names = {"rows": "pairs", "responses": "responses to a prompt", "scored": "the same, scored"}
+    around = []
     for series, name in names.items():
         cases = [case for case in answer["cases"] if case["series"] == series]
         costs = [statistics.median(case["seconds"]) / case["work"]["tokens"] for case in cases]
@@ -98,7 +99,8 @@ def scaling_table(answer: dict[str, Any]) -> str:
                 f"| {case['work']['tokens'] / case['micro_batches']:,.0f} | {1e6 * cost:.0f} "
                 f"| {cost / min(costs):.2f} | {flops / min(work):.2f} | {100 * share:.0f} % |"
             )
-    return "\n".join(lines)
+        around.append(f"{name} {100 * (max(costs) - min(costs)) / (max(costs) + min(costs)):.0f} %")
+    return "\n".join(lines) + f"\n\nFrom a constant: {', '.join(around)}."
 
 
 def _shown(settings: dict[str, Any]) -> str:
