@@ -189,12 +189,27 @@ class _LargestHeld(TorchDispatchMode):
         return out
 
 
+def test_gradients_of_halves_do_not_depend_on_the_chunks():
+    """Of bfloat16 the products of two chunks are kept, each for its own rows; one of four rows is computed again."""
+    given = torch.randn(14, 8).bfloat16(), torch.randn(30, 8).bfloat16()
+    targets, factors = torch.randint(30, (14,)), torch.randn(14)
+
+    def gradients(chunk_rows: int) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in given]
+        logps, _ = chunked_logps(*leaves, None, targets, chunk_rows=chunk_rows)
+        return list(torch.autograd.grad((logps * factors).sum(), leaves))
+
+    for whole, parts in zip(gradients(14), gradients(4), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_c18_only_one_chunk_of_logits_exists(entropy):
+def test_c18_only_a_few_chunks_of_logits_exist(entropy, dtype):
     """C18: over forward and backward of 64 rows in chunks of 4, only the temporaries of a chunk or two are alive."""
     vocabulary, rows = 1000, 64
-    hidden = torch.randn(rows, 8, requires_grad=True)
-    weight = torch.randn(vocabulary, 8, requires_grad=True)
+    hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, 8, dtype=dtype, requires_grad=True)
     targets = torch.randint(vocabulary, (rows,))
 
     def peak(compute) -> int:

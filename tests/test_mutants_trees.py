@@ -11,6 +11,7 @@ from tests.test_mutants import Mutant, assert_not_stale, assert_noticed
 FOREST = "tests/test_forest.py::"
 MASKS = "tests/test_masks.py::"
 BATCHES = "tests/test_batches.py::"
+ACCUMULATION = "tests/test_accumulation.py::"
 LOGPS = "tests/test_logps.py::"
 TREES = "tests/test_tree_forward.py::"
 
@@ -193,15 +194,39 @@ MUTANTS = [
     ),
     Mutant(
         "rlhf/models/logps.py",
-        "grad_weight = _plus(grad_weight, (products.T @ hidden[chunk]).to(wide))",
-        "grad_weight = (products.T @ hidden[chunk]).to(wide)",
+        "grad_weight = _plus(grad_weight, part.to(wide))",
+        "grad_weight = part.to(wide)",
         (LOGPS + "test_gradients_are_those_of_the_full_matrix",),
+    ),
+    Mutant(
+        "rlhf/models/logps.py",
+        "ctx.kept.pop(0)",
+        "ctx.kept.pop()",
+        (LOGPS + "test_gradients_of_halves_do_not_depend_on_the_chunks",),
+    ),
+    Mutant(
+        "rlhf/models/accumulation.py",
+        "if kept is None or kept[0] != versions:",
+        "if kept is None:",
+        (ACCUMULATION + "test_an_update_between_two_micro_batches_is_seen",),
+    ),
+    Mutant(
+        "rlhf/models/accumulation.py",
+        "parameter.grad[places] += ",
+        "parameter.grad[places] = ",
+        (ACCUMULATION + "test_the_gradients_are_those_that_autograd_adds_up",),
+    ),
+    Mutant(
+        "rlhf/models/trained.py",
+        "if ctx.padding is not None:",
+        "if False:",
+        (ACCUMULATION + "test_the_padding_tokens_embedding_gets_no_gradient",),
     ),
     Mutant(
         "rlhf/models/logps.py",
         "for chunk in _slices(0, len(hidden), chunk_rows):",
         "for chunk in _slices(0, len(hidden), len(hidden)):",
-        (LOGPS + "test_c18_only_one_chunk_of_logits_exists",),
+        (LOGPS + "test_c18_only_a_few_chunks_of_logits_exist",),
     ),
 ]
 

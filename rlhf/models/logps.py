@@ -1,8 +1,8 @@
 """Log-probabilities of chosen tokens under a vocabulary projection, without the tokens x vocabulary matrix.
 
-The projection, the log-softmax and their gradients run over chunks of rows: memory is bounded by two chunks,
-whatever the number of tokens. The products of the first chunk are kept for the backward pass, which computes those of
-the others again.
+The projection, the log-softmax and their gradients run over chunks of rows, so that memory is bounded whatever the
+number of tokens: by the chunk in hand, and by the products that are kept for the backward pass, of the first chunk, or
+of the first two where both take no more than one in float32. Those of the others are computed again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _ChunkedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, entropy, collision, chunk_rows, dtype):
         ctx.scale, ctx.softcap, ctx.entropy, ctx.chunk_rows = scale, softcap, entropy, chunk_rows
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.kept, ctx.parameter = None, weight
+        ctx.kept, ctx.parameter = [], weight
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, weight = hidden.to(dtype), made_of([weight], dtype, partial(weight.to, dtype))
             bias = None if bias is None else bias.to(dtype)
@@ -90,8 +90,9 @@ class _ChunkedLogps(torch.autograd.Function):
                         logits, _ = _logits(part, scale, softcap, wide)
                         numbers = _numbers_of(logits, targets[rows], entropy, collision)
                         logps[rows], normalisers[rows], entropies[rows] = numbers
-                if chunk.start == 0 and any(ctx.needs_input_grad):
-                    ctx.kept = products
+                if len(ctx.kept) < max(1, 4 // dtype.itemsize) and any(ctx.needs_input_grad):
+                    ctx.kept.append(products)
+                del products  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -107,9 +108,8 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=ctx.dtypes[0]) if need_hidden else None
         grad_weight = grad_bias = None
         for chunk in _slices(0, len(hidden), ctx.chunk_rows):
-            products, ctx.kept = ctx.kept, None  # written over below, so it serves once
-            if products is None:
-                products = F.linear(hidden[chunk], weight, bias)
+            # What was kept is written over below, so it serves once.
+            products = ctx.kept.pop(0) if ctx.kept else F.linear(hidden[chunk], weight, bias)
             if _in_kernels(products, ctx.softcap) and not need_bias:
                 numbers = normalisers[chunk], entropies[chunk], grad_logps[chunk], grad_entropies[chunk]
                 fused.logps_backward(products, targets[chunk], ctx.scale, *numbers)
@@ -138,6 +138,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 part = products.T @ hidden[chunk]
                 if not added(ctx.parameter, part):
                     grad_weight = _plus(grad_weight, part.to(wide))
+            del products
         if need_weight and len(hidden) == 0:
             grad_weight = torch.zeros_like(weight)
         return (
