@@ -145,13 +145,17 @@ def _check_number(name: str, value: float, allowed: Range) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: on one line, not too long, only characters that can be printed."""
+    """A value as an error shows it: on one line, only characters that can be printed, a long one without its middle.
+
+    >>> shown("/a/folder" * 20 + "/file.py")
+    '/a/folder/a/folder/a/folder/a/folde.../folder/a/folder/a/folder/a/folder/file.py'
+    """
     try:
         text = value if isinstance(value, str) else str(value)
     except ValueError:  # Python writes out no integer of more than some thousand digits
         text = "a number of thousands of digits"
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 else f"{text[:35]}...{text[-42:]}"
 
 
 def wanted(kind: Any) -> str:

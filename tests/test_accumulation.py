@@ -114,6 +114,22 @@ def test_nothing_is_added_outside_or_on_the_way_to_a_hook():
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_frozen_weights_get_no_gradient(autocast):
+    """The last layer and the head are trained alone, as with --finetune_mode=last_layer; and the embedding alone."""
+    for trained in ("layers.1.", "embed_tokens"):
+        policy = policy_of("llama")
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(trained in name)
+        for seed in range(2):
+            loss = loss_of(policy, seed, autocast)
+            with gradients_added():
+                loss.backward()
+        assert {name for name, p in policy.named_parameters() if p.grad is not None} == {
+            name for name, p in policy.named_parameters() if p.requires_grad
+        }
+
+
 def test_hooks_see_the_whole_gradient():
     policy = policy_of("llama")
     expected = gradients(policy, shared=False, num=1)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -37,8 +38,8 @@ class Step:
         self.metrics = run.metrics()
         self.num_tokens = 0
         self.began = time.perf_counter()
-        # Other processes' strategies hold weights in parts and reduce gradients as autograd adds them up.
-        self._alone = run.world_size == 1
+        # Other strategies hold weights in parts, and reduce gradients as autograd adds them up.
+        self._alone = isinstance(run.fabric.strategy, SingleDeviceStrategy)
         self._losses: dict[str, Tensor] = {}
         self._checks: dict[str, Tensor] = {}
         self._sightings: dict[str, list[Sighting]] = {}

@@ -99,7 +99,9 @@ def added_to_rows(parameter: Tensor, rows: Tensor, grad: Tensor) -> bool:
 
 def _takes(parameter: Tensor) -> bool:
     """Whether a gradient may be added here: nothing else is to see it on its way."""
-    if not _scopes.adds or not isinstance(parameter, nn.Parameter) or torch.is_grad_enabled():
+    if not _scopes.adds or torch.is_grad_enabled():
+        return False
+    if not isinstance(parameter, nn.Parameter) or not parameter.requires_grad:
         return False
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return False
