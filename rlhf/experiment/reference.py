@@ -23,6 +23,7 @@ from rlhf.data.splits import Split
 from rlhf.errors import UserError
 from rlhf.experiment.run import Run
 from rlhf.files import WriteError, atomic_write, sweep
+from rlhf.models.accumulation import weights_unchanged
 from rlhf.models.policy import Policy
 from rlhf.trees.batches import cut
 from rlhf.trees.forest import Forest, Tree
@@ -309,15 +310,16 @@ def _compute(
     policy.eval()
     mine = list(range(run.rank, len(work), run.world_size))
     found: dict[int, list[np.ndarray]] = {}
-    for batch in run.progress(cut(mine, micro_batch_size=micro_batch_size), "reference log-probabilities"):
-        forest = Forest([tree_of_part(work[i]) for i in batch]).to(run.device)
-        token_logps, _ = policy(forest)
-        per_branch = iter(
-            dense[mask].float().cpu().numpy()
-            for dense, mask in zip(forest.dense(token_logps), forest.target_mask, strict=True)
-        )
-        for i in batch:
-            found[i] = [next(per_branch) for _ in work[i]]
+    with weights_unchanged():
+        for batch in run.progress(cut(mine, micro_batch_size=micro_batch_size), "reference log-probabilities"):
+            forest = Forest([tree_of_part(work[i]) for i in batch]).to(run.device)
+            token_logps, _ = policy(forest)
+            per_branch = iter(
+                dense[mask].float().cpu().numpy()
+                for dense, mask in zip(forest.dense(token_logps), forest.target_mask, strict=True)
+            )
+            for i in batch:
+                found[i] = [next(per_branch) for _ in work[i]]
     policy.train(training)
     if run.world_size > 1:
         gathered: list[dict] = [{}] * run.world_size

@@ -38,7 +38,7 @@ class Step:
         self.metrics = run.metrics()
         self.num_tokens = 0
         self.began = time.perf_counter()
-        # Other strategies hold weights in parts, and reduce gradients as autograd adds them up.
+        # Other strategies reduce gradients as autograd adds them up.
         self._alone = isinstance(run.fabric.strategy, SingleDeviceStrategy)
         self._losses: dict[str, Tensor] = {}
         self._checks: dict[str, Tensor] = {}
@@ -67,7 +67,7 @@ class Step:
         """
         cuts = self.cuts(tokens=tokens, rows=rows)
         ahead = _ahead(pack, cuts, self.run.flags.num_workers)
-        with weights_unchanged(enabled=len(cuts) > 1 and self._alone):
+        with weights_unchanged(enabled=len(cuts) > 1):
             for chosen, (last, batch) in zip(cuts, ahead, strict=True):
                 self._rows = [row_of[i] for i in chosen] if row_of is not None else chosen
                 yield from self._synchronised(batch, modules, last)
